@@ -1,0 +1,158 @@
+"""The table of models this engine knows by name.
+
+A row is data only: where the 16-bit model lives, where its 4-bit checkpoints live, and the defaults and limits
+a page or a command needs. Nothing outside this table may depend on which row is in use, so the small model that
+ships in the repository takes the same path as the large ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.errors import ModelError
+
+__all__ = ["CATALOGUE", "ModelSpec", "Range", "names", "resolve", "zoo_folder"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """A numeric setting: its default, its inclusive limits and its step."""
+
+    default: float
+    low: float
+    high: float
+    step: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model: where it is, how large, and the settings that suit it.
+
+    `source` is a diffusers folder or a hub id; `checkpoints` maps a 4-bit precision to a folder, a `.safetensors`
+    file or `owner/repo/file.safetensors` on the hub. `size` holds pixels (width and height alike).
+    """
+
+    name: str
+    title: str
+    family: str
+    pipeline: str
+    source: str
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    steps: Range = Range(28, 1, 50)
+    guidance: Range | None = Range(3.5, 1.0, 10.0, 0.1)
+    size: Range = Range(1024, 256, 2048, 16)
+    max_sequence_length: int = 512
+    licence: str = ""
+    gated: bool = False
+    download_gib: float = 0.0
+
+    @property
+    def local(self) -> bool:
+        """Whether the 16-bit weights lie in a folder on this machine."""
+        return Path(self.source).is_dir()
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Precisions this model can run in, BF16 first."""
+        return ("bf16", *self.checkpoints)
+
+
+def zoo_folder() -> Path:
+    """Folder of the small models that ship with the project; ENGINE_ZOO overrides it."""
+    override = os.environ.get("ENGINE_ZOO")
+    return Path(override) if override else Path(__file__).resolve().parents[2] / "zoo" / "weights"
+
+
+def _flux(name: str, title: str, repository: str, **overrides: object) -> ModelSpec:
+    settings: dict[str, object] = {
+        "source": f"black-forest-labs/{repository}",
+        "checkpoints": {
+            "int4": f"nunchaku-tech/nunchaku-{name}/svdq-int4_r32-{name}.safetensors",
+        },
+        "gated": True,
+        "download_gib": 31.4,
+    }
+    return ModelSpec(name=name, title=title, family="flux", pipeline="FluxPipeline", **(settings | overrides))  # pyright: ignore[reportArgumentType]
+
+
+def _tiny() -> ModelSpec:
+    zoo = zoo_folder()
+    return ModelSpec(
+        name="tiny",
+        title="Tiny FLUX",
+        family="flux",
+        pipeline="FluxPipeline",
+        source=str(zoo / "flux-tiny"),
+        checkpoints={"int4": str(zoo / "flux-tiny-int4")},
+        steps=Range(12, 1, 50),
+        guidance=Range(3.0, 1.0, 6.0, 0.1),
+        size=Range(256, 128, 512, 16),
+        max_sequence_length=64,
+        licence="Apache-2.0",
+    )
+
+
+def _rows() -> tuple[ModelSpec, ...]:
+    return (
+        _tiny(),
+        _flux(
+            "flux.1-schnell",
+            "FLUX.1 [schnell]",
+            "FLUX.1-schnell",
+            steps=Range(4, 1, 8),
+            guidance=None,
+            max_sequence_length=256,
+            licence="Apache-2.0",
+        ),
+        _flux("flux.1-dev", "FLUX.1 [dev]", "FLUX.1-dev", licence="FLUX.1 [dev] Non-Commercial License"),
+    )
+
+
+CATALOGUE: Mapping[str, ModelSpec] = {spec.name: spec for spec in _rows()}
+ALIASES: Mapping[str, str] = {"schnell": "flux.1-schnell", "dev": "flux.1-dev"}
+
+
+def names() -> tuple[str, ...]:
+    """Names and aliases that `resolve` takes besides folders and hub ids."""
+    return (*CATALOGUE, *ALIASES)
+
+
+def resolve(model: str | ModelSpec) -> ModelSpec:
+    """Return the row for a name, an alias, a diffusers folder or a hub id.
+
+    Raises ModelError when `model` is none of these.
+    """
+    if isinstance(model, ModelSpec):
+        return model
+    name = ALIASES.get(model, model)
+    if name in CATALOGUE:
+        return CATALOGUE[name]
+    if Path(model).is_dir():
+        return _from_folder(Path(model))
+    if model.count("/") == 1 and not model.startswith((".", "/")):
+        return ModelSpec(name=model, title=model, family="flux", pipeline="FluxPipeline", source=model)
+    raise ModelError(
+        f"model: expected one of {', '.join(names())}, a diffusers folder or a hub id (owner/name), got {model!r}"
+    )
+
+
+def _from_folder(folder: Path) -> ModelSpec:
+    """Read a diffusers folder's own index; 4-bit checkpoints beside it are found by the suffix -int4."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ModelError(f"model: {folder} holds no model_index.json, so it is not a diffusers pipeline folder")
+    known = next((row for row in CATALOGUE.values() if Path(row.source) == folder.resolve()), None)
+    if known is not None:
+        return known
+    pipeline = json.loads(index.read_text()).get("_class_name", "")
+    if not pipeline.startswith("Flux"):
+        raise ModelError(f"model: {folder} holds a {pipeline or 'nameless pipeline'}; expected a Flux pipeline")
+    beside = folder.with_name(folder.name + "-int4")
+    checkpoints = {"int4": str(beside)} if beside.exists() else {}
+    return ModelSpec(
+        name=folder.name, title=folder.name, family="flux", pipeline=pipeline, source=str(folder), checkpoints=checkpoints
+    )
