@@ -1,0 +1,229 @@
+"""Load a model in a precision and make pictures with it.
+
+As a command:
+
+    python -m engine.generate "a red cube" --model tiny --precision bf16 int4 --seed 7 --out pictures
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from engine import ops
+from engine.errors import ArgumentError, Cancelled, ModelError
+from engine.linear import resolve_activation
+from engine.memory import PeakMeter, module_bytes
+from engine.models import loading
+from engine.models.catalogue import ModelSpec, resolve
+from engine.request import Request, Result, Step
+
+__all__ = ["Engine", "pick_device"]
+
+OnStep = Callable[[Step], None]
+ShouldStop = Callable[[], bool]
+Progress = Callable[[str], None]
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """Turn "auto" into CUDA where a GPU answers, else the CPU; check any other name.
+
+    Raises ArgumentError when the device does not exist here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ArgumentError(f"device: expected auto, cpu or cuda[:index], got {device!r}") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"device: expected auto, cpu or cuda[:index], got {device!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(f"device: {device} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+class Engine:
+    """One model in one precision on one device, ready to run. Make it with `Engine.load`.
+
+    An engine runs one request at a time; callers that share a device share a lock.
+    """
+
+    def __init__(self, spec: ModelSpec, precision: str, activation: str, backend: str, device: torch.device, pipe: Any):
+        self.spec = spec
+        self.precision = precision
+        self.activation = activation
+        self.backend = backend
+        self.device = device
+        self.pipe = pipe
+        self.weight_bytes = module_bytes(pipe.transformer)
+        self._warm: set[tuple[int, int]] = set()
+
+    @classmethod
+    def load(
+        cls,
+        model: str | ModelSpec = "tiny",
+        precision: str = "int4",
+        *,
+        device: str = "auto",
+        activation: str = "auto",
+        share: Engine | None = None,
+        progress: Progress | None = None,
+    ) -> Engine:
+        """Open `model` in `precision` ("bf16" or one of the model's 4-bit checkpoints).
+
+        `activation` ("auto", "w4a4", "w4a8") is how 4-bit linears see their input. `share` is an engine of the same
+        model whose text encoders and VAE are used again. `progress` is told in words what is being loaded.
+        Raises ModelError, CheckpointError, BackendError or ArgumentError, each with one sentence saying what to do.
+        """
+        spec = resolve(model)
+        if precision not in spec.precisions:
+            raise ArgumentError(f"precision: expected one of {', '.join(spec.precisions)} for {spec.name}, got {precision!r}")
+        if share is not None and share.spec != spec:
+            raise ArgumentError(f"share: expected an engine of {spec.name}, got one of {share.spec.name}")
+        where = pick_device(device)
+        tell = progress or (lambda _: None)
+        if precision == "bf16":
+            tell(f"loading the BF16 transformer of {spec.title}")
+            transformer = loading.bf16_transformer(spec, where)
+            backend, kind = "torch", "w16a16"
+        else:
+            tell(f"loading the {precision.upper()} transformer of {spec.title}")
+            backend, kind = ops.backends.select(where).name, resolve_activation(activation, where)
+            transformer = loading.quantized_transformer(spec, precision, backend, kind, where)
+        if share is None:
+            tell(f"loading text encoders and VAE of {spec.title}")
+        pipe = loading.pipeline(spec, transformer, where, share.pipe if share else None)
+        return cls(spec, precision, kind, backend, where, pipe)
+
+    @torch.inference_mode()
+    def run(self, request: Request, on_step: OnStep | None = None, should_stop: ShouldStop | None = None) -> Result:
+        """Make one picture. The noise depends on the seed and the size alone, so precisions can be compared.
+
+        `on_step` hears of each finished step; `should_stop` is asked after each and ends the run with Cancelled.
+        Raises RequestError naming the field that is wrong.
+        """
+        request = request.resolved(self.spec)
+        self._warm_up(request)
+        held = sum(module_bytes(part) for part in self.pipe.components.values() if isinstance(part, torch.nn.Module))
+        with PeakMeter(self.device, held) as memory:
+            clock = _Clock(self.device)
+            text = self._encode(request.prompt)
+            clock.lap("encode")
+            latents = self._denoise(request, text, on_step, should_stop)
+            clock.lap("denoise")
+            image = self._decode(latents, request)
+            clock.lap("decode")
+        return Result(
+            image=image,
+            request=request,
+            model=self.spec.name,
+            precision=self.precision,
+            activation=self.activation,
+            backend=self.backend,
+            device=_device_name(self.device),
+            seconds=sum(clock.laps.values()),
+            ms_per_step=1000 * clock.laps["denoise"] / (request.steps or 1),
+            stages=clock.laps,
+            weight_bytes=self.weight_bytes,
+            peak_bytes=memory.bytes,
+            versions=_versions(),
+        )
+
+    def _warm_up(self, request: Request) -> None:
+        """Run one untimed step at a size not seen before: first calls pay for kernel choice and allocation."""
+        size = (request.width or 0, request.height or 0)
+        if size in self._warm:
+            return
+        from dataclasses import replace
+
+        once = replace(request, steps=1)
+        self._decode(self._denoise(once, self._encode(once.prompt), None, None), once)
+        self._warm.add(size)
+
+    def _encode(self, prompt: str) -> dict[str, torch.Tensor]:
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=self.spec.max_sequence_length
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def _denoise(
+        self,
+        request: Request,
+        text: dict[str, torch.Tensor],
+        on_step: OnStep | None,
+        should_stop: ShouldStop | None,
+    ) -> torch.Tensor:
+        start = time.perf_counter()
+        stopped = False
+
+        def after_step(pipe: Any, index: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            nonlocal stopped
+            if on_step:
+                on_step(Step(index + 1, request.steps or 0, time.perf_counter() - start))
+            if should_stop and should_stop():
+                stopped = True
+                pipe._interrupt = True
+            return values
+
+        output = self.pipe(
+            **text,
+            **request.inputs,
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            max_sequence_length=self.spec.max_sequence_length,
+            output_type="latent",
+            callback_on_step_end=after_step,
+        )
+        if stopped:
+            raise Cancelled("the run was stopped")
+        return output.images
+
+    def _decode(self, latents: torch.Tensor, request: Request) -> Any:
+        pipe, config = self.pipe, self.pipe.vae.config
+        latents = pipe._unpack_latents(latents, request.height, request.width, pipe.vae_scale_factor)
+        latents = latents / config.scaling_factor + config.shift_factor
+        pixels = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
+        return pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
+
+
+class _Clock:
+    """Seconds between laps, with the device's work finished at each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.laps: dict[str, float] = {}
+        self._last = self._now()
+
+    def lap(self, name: str) -> None:
+        now = self._now()
+        self.laps[name] = now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _versions() -> dict[str, str]:
+    from engine import __version__
+
+    return {"nibble": __version__, "torch": torch.__version__, "diffusers": importlib.metadata.version("diffusers")}
+
+
+if __name__ == "__main__":
+    from engine.commands.generate import main
+
+    raise SystemExit(main())

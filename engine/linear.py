@@ -1,0 +1,141 @@
+"""The two quantized layers that take the place of nn.Linear inside a diffusers model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from engine import ops
+from engine.errors import ArgumentError
+
+__all__ = ["ACTIVATIONS", "AWQLinear", "Activation", "SVDQuantLinear", "fold_gelu_shift", "resolve_activation"]
+
+Activation = Literal["w4a4", "w4a8"]
+ACTIVATIONS: tuple[Activation, ...] = ("w4a4", "w4a8")
+
+
+def resolve_activation(activation: str, device: torch.device) -> Activation:
+    """Turn "auto" into the fastest the device has: 8-bit activations on every device that has kernels here.
+
+    Raises ArgumentError for an unknown name.
+    """
+    if activation == "auto":
+        return "w4a8"
+    if activation not in ACTIVATIONS:
+        raise ArgumentError(f"activation: expected auto, {' or '.join(ACTIVATIONS)}, got {activation!r}")
+    return activation  # pyright: ignore[reportReturnType]
+
+
+class SVDQuantLinear(nn.Module):
+    """y = dequant(codes) @ quantize(x / smooth) + lora_up @ (lora_down @ x) + bias  (SVDQuant, arXiv 2411.05007).
+
+    `linear` holds N rows over K inputs with a rank-R branch in the canonical layout; it is re-tiled for `backend`.
+    `unsigned_input` says that x is a GELU output, which W4A4 shifts and quantizes to 0..15.
+    """
+
+    def __init__(
+        self,
+        linear: ops.CanonicalLinear,
+        *,
+        backend: str,
+        activation: Activation,
+        dtype: torch.dtype,
+        unsigned_input: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.k, linear.n
+        self.activation = activation
+        self.dtype = dtype
+        self.mode = "int8" if activation == "w4a8" else ("uint4" if unsigned_input else "int4")
+        if self.mode == "uint4":
+            linear = fold_gelu_shift(linear)
+        self._hold(ops.pack(linear, backend, dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N), in the dtype of x."""
+        return ops.svdq_linear(x, self.packed, self.mode)
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend whose tiles this layer holds."""
+        return self.packed.backend
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        packed = self.packed
+        return f"{self.in_features}, {self.out_features}, rank={packed.rank}, {self.mode}, backend={packed.backend}"
+
+    def _hold(self, packed: ops.PackedLinear) -> None:
+        # Buffers make the bytes countable and let .to() find them; they are never saved, disk holds the canonical form.
+        self.packed = packed
+        for name, tensor in packed.tensors().items():
+            self.register_buffer(f"packed_{name}", tensor, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVDQuantLinear:
+        # Tiles belong to one device, and 16-bit scales must not be cast: only a change of device means anything here.
+        probe = next(iter(self.packed.tensors().values()))
+        device = fn(torch.empty(0, device=probe.device)).device
+        if device != probe.device:
+            canonical = ops.unpack(self.packed)
+            moved = {
+                name: value.to(device) for name, value in vars(canonical).items() if isinstance(value, Tensor)
+            }
+            backend = ops.backends.select(device).name
+            self._hold(ops.pack(replace(canonical, **moved), backend, self.dtype))
+        return self
+
+
+class AWQLinear(nn.Module):
+    """y = (codes * scales + zeros) @ x + bias: 4-bit weights, 16-bit activations, group 64 (AWQ, W4A16)."""
+
+    def __init__(self, weight: ops.AwqWeight, *, backend: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = weight.k, weight.n
+        self.dtype = dtype
+        self._hold(ops.pack_awq(weight, backend, dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N), in the dtype of x."""
+        return ops.awq_linear(x, self.packed)
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend whose tiles this layer holds."""
+        return self.packed.backend
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.in_features}, {self.out_features}, w4a16, backend={self.packed.backend}"
+
+    def _hold(self, packed: ops.PackedAwq) -> None:
+        self.packed = packed
+        for name, tensor in packed.tensors().items():
+            self.register_buffer(f"packed_{name}", tensor, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AWQLinear:
+        probe = next(iter(self.packed.tensors().values()))
+        device = fn(torch.empty(0, device=probe.device)).device
+        if device != probe.device:
+            canonical = ops.unpack_awq(self.packed)
+            moved = {
+                name: value.to(device) for name, value in vars(canonical).items() if isinstance(value, Tensor)
+            }
+            self._hold(ops.pack_awq(replace(canonical, **moved), ops.backends.select(device).name, self.dtype))
+        return self
+
+
+def fold_gelu_shift(linear: ops.CanonicalLinear) -> ops.CanonicalLinear:
+    """Return `linear` with a bias that undoes the shift which W4A4 adds to GELU outputs before it quantizes them.
+
+    The shift of 11/64 reaches the residual branch alone, so it adds shift * sum_k dequant[n, k] / smooth[k] to row n.
+    """
+    residual = ops.dequantize(linear).double()
+    if linear.smooth is not None:
+        residual = residual / linear.smooth.double()
+    excess = ops.GELU_SHIFT * residual.sum(dim=1)
+    bias = excess.new_zeros(linear.n) if linear.bias is None else linear.bias.double()
+    return replace(linear, bias=(bias - excess).to(linear.wscales.dtype if linear.bias is None else linear.bias.dtype))

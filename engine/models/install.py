@@ -1,0 +1,230 @@
+"""Put quantized linears into a model: from a canonical checkpoint, or as they come out of the quantizer."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine import ops
+from engine.checkpoint.files import TensorFiles, check_keys
+from engine.errors import CheckpointError
+from engine.linear import Activation, AWQLinear, SVDQuantLinear
+from engine.models.plan import AWQ_TENSORS, SVDQ_TENSORS, LinearGroup, get_linear, replace_module
+
+__all__ = ["FORMAT", "Family", "Quantization", "concatenate_rows", "expected_keys", "install", "load_quantized", "read_quantization"]
+
+FORMAT = "nibble-canonical"
+_16BIT = (torch.bfloat16, torch.float16)
+
+
+class Family(Protocol):
+    """What a model family module offers (engine.models.flux is one)."""
+
+    MODEL_CLASS: str
+
+    def prepare(self, model: Any) -> Any: ...
+    def plan(self, model: Any) -> list[LinearGroup]: ...
+    def use_fused_qkv(self, model: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a checkpoint's metadata says of how it was made."""
+
+    model_class: str
+    config: Mapping[str, Any]
+    weight: str
+    group_size: int
+    rank: int
+    keep: tuple[str, ...] = ()
+
+    def metadata(self) -> dict[str, str]:
+        """Safetensors metadata that `read_quantization` reads back."""
+        details = {
+            "method": "svdquant",
+            "weight": {"dtype": self.weight, "group_size": self.group_size},
+            "rank": self.rank,
+            "keep_16bit": list(self.keep),
+        }
+        return {
+            "format": FORMAT,
+            "model_class": self.model_class,
+            "config": json.dumps(dict(self.config), sort_keys=True),
+            "quantization_config": json.dumps(details, sort_keys=True),
+        }
+
+
+def read_quantization(files: TensorFiles) -> Quantization:
+    """Read the metadata of a canonical checkpoint; raises CheckpointError when it is of another kind."""
+    data = files.metadata
+    if data.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{files.path}: expected a 4-bit checkpoint with metadata format={FORMAT!r}, got {data.get('format')!r};"
+            " 16-bit weights are loaded with --precision bf16"
+        )
+    try:
+        details = json.loads(data["quantization_config"])
+        return Quantization(
+            model_class=data["model_class"],
+            config=json.loads(data["config"]),
+            weight=details["weight"]["dtype"],
+            group_size=details["weight"]["group_size"],
+            rank=details["rank"],
+            keep=tuple(details.get("keep_16bit", ())),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{files.path}: its metadata is incomplete or damaged ({error!r})") from error
+
+
+def expected_keys(model: nn.Module, groups: Iterable[LinearGroup], rank: int) -> set[str]:
+    """Names of all tensors that a canonical checkpoint of `model` must hold."""
+    keys = set(model.state_dict())
+    for group in groups:
+        for name in group.names:
+            linear = get_linear(model, name)
+            keys.remove(f"{name}.weight")
+            keys.update(f"{name}.{part}" for part in _parts(group, rank))
+            if linear.bias is not None:
+                keys.add(f"{name}.bias")
+    return keys
+
+
+def load_quantized(
+    path: str | Path,
+    model_class: type[nn.Module],
+    family: Family,
+    *,
+    backend: str,
+    activation: Activation,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    progress: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """Build a model with 4-bit linears from a canonical checkpoint; tensors stream one group at a time.
+
+    Raises CheckpointError when the file is damaged, of another model, or its keys or shapes differ.
+    """
+    with TensorFiles(path, device) as files:
+        quantization = read_quantization(files)
+        if quantization.model_class != family.MODEL_CLASS:
+            raise CheckpointError(f"{path}: made for {quantization.model_class}, expected {family.MODEL_CLASS}")
+        with torch.device("meta"):
+            model = family.prepare(model_class.from_config(dict(quantization.config)))  # pyright: ignore
+        groups = [group for group in family.plan(model) if not _kept(group, quantization.keep)]
+        check_keys(path, files, expected_keys(model, groups, quantization.rank))
+        for done, group in enumerate(groups, start=1):
+            layers = {name: _read_layer(files, model, group, name, quantization) for name in group.names}
+            install(model, group, layers, backend=backend, activation=activation, dtype=dtype)
+            if progress:
+                progress(done, len(groups))
+        _load_rest(model, files, dtype)
+    family.use_fused_qkv(model)
+    return model.eval().requires_grad_(False)
+
+
+Layer = ops.CanonicalLinear | ops.AwqWeight
+
+
+def install(
+    model: nn.Module,
+    group: LinearGroup,
+    layers: Mapping[str, Layer],
+    *,
+    backend: str,
+    activation: Activation,
+    dtype: torch.dtype,
+) -> None:
+    """Replace the linears of `group`; where the model can run them in one piece they are concatenated along N."""
+    if group.fused and group.kind == "svdq":
+        merged = concatenate_rows([layers[name] for name in group.names])  # pyright: ignore[reportArgumentType]
+        layer = SVDQuantLinear(
+            merged, backend=backend, activation=activation, dtype=dtype, unsigned_input=group.unsigned
+        )
+        replace_module(model, group.fused, layer)
+        for name in group.names:
+            replace_module(model, name, None)
+        return
+    for name in group.names:
+        value = layers[name]
+        if isinstance(value, ops.AwqWeight):
+            replace_module(model, name, AWQLinear(value, backend=backend, dtype=dtype))
+        else:
+            layer = SVDQuantLinear(
+                value, backend=backend, activation=activation, dtype=dtype, unsigned_input=group.unsigned
+            )
+            replace_module(model, name, layer)
+
+
+def concatenate_rows(linears: Sequence[ops.CanonicalLinear]) -> ops.CanonicalLinear:
+    """Stack linears that share smooth factor and down-projection into one of N1 + N2 + ... rows.
+
+    Raises CheckpointError when they do not share them, since one quantized input could then not serve all.
+    """
+    first = linears[0]
+    for other in linears[1:]:
+        for part in ("smooth", "lora_down"):
+            mine, theirs = getattr(first, part), getattr(other, part)
+            if (mine is None) != (theirs is None) or (mine is not None and not torch.equal(mine, theirs)):
+                raise CheckpointError(f"{part}: expected one and the same tensor for linears that share their input")
+    rows = {
+        part: torch.cat([getattr(linear, part) for linear in linears])
+        for part in ("codes", "wscales", "lora_up", "bias")
+        if getattr(first, part) is not None
+    }
+    return replace(first, **rows)
+
+
+def _kept(group: LinearGroup, keep: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in group.names for pattern in keep)
+
+
+def _parts(group: LinearGroup, rank: int) -> tuple[str, ...]:
+    if group.kind == "awq":
+        return AWQ_TENSORS
+    return SVDQ_TENSORS if rank else tuple(part for part in SVDQ_TENSORS if not part.startswith("lora"))
+
+
+def _read_layer(
+    files: TensorFiles, model: nn.Module, group: LinearGroup, name: str, quantization: Quantization
+) -> Layer:
+    linear = get_linear(model, name)
+    n, k, rank, size = linear.out_features, linear.in_features, quantization.rank, quantization.group_size
+    shapes: dict[str, tuple[int, ...]] = {"codes": (n, k // 2), "bias": (n,)}
+    if group.kind == "awq":
+        shapes |= {"scales": (n, k // 64), "zeros": (n, k // 64)}
+    else:
+        shapes |= {"wscales": (n, k // size), "smooth": (k,), "lora_down": (rank, k), "lora_up": (n, rank)}
+    names = [*_parts(group, rank), *(["bias"] if linear.bias is not None else [])]
+    tensors = {part: _read(files, f"{name}.{part}", shapes[part]) for part in names}
+    if group.kind == "awq":
+        return ops.AwqWeight(**tensors)
+    return ops.CanonicalLinear(**tensors)
+
+
+def _read(files: TensorFiles, name: str, shape: tuple[int, ...]) -> Tensor:
+    if files.shape(name) != shape:
+        raise CheckpointError(f"{files.path}: {name} has shape {files.shape(name)}, expected {shape}")
+    tensor = files[name]
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        raise CheckpointError(f"{files.path}: {name} holds NaN or infinity; the file is damaged: fetch or make it again")
+    return tensor
+
+
+def _load_rest(model: nn.Module, files: TensorFiles, dtype: torch.dtype) -> None:
+    """Fill every remaining parameter, still on the meta device, from the file."""
+    rest = {}
+    for name, parameter in model.state_dict().items():
+        if parameter.is_meta:
+            value = _read(files, name, tuple(parameter.shape))
+            rest[name] = value.to(dtype) if value.dtype in (*_16BIT, torch.float32) else value
+    model.load_state_dict(rest, strict=False, assign=True)
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise CheckpointError(f"{files.path}: {left[0]} and {len(left) - 1} more were not filled")

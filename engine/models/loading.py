@@ -1,0 +1,110 @@
+"""Open transformers and pipelines from a folder or the hub, with errors that say what to do next."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import CheckpointError, ModelError
+from engine.linear import Activation
+from engine.models.catalogue import ModelSpec
+
+__all__ = ["bf16_transformer", "pipeline", "quantized_transformer"]
+
+DTYPE = torch.bfloat16
+
+
+def bf16_transformer(spec: ModelSpec, device: torch.device) -> Any:
+    """Load the 16-bit transformer of `spec` onto `device`."""
+    from diffusers import FluxTransformer2DModel
+
+    with _explained(spec):
+        model = FluxTransformer2DModel.from_pretrained(spec.source, subfolder="transformer", torch_dtype=DTYPE)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def quantized_transformer(
+    spec: ModelSpec, precision: str, backend: str, activation: Activation, device: torch.device
+) -> Any:
+    """Load a 4-bit transformer of `spec` onto `device`, its linears re-tiled for `backend`."""
+    from diffusers import FluxTransformer2DModel
+
+    from engine.models import flux
+    from engine.models.install import load_quantized
+
+    path = _checkpoint_path(spec, precision)
+    return load_quantized(
+        path, FluxTransformer2DModel, flux, backend=backend, activation=activation, device=device, dtype=DTYPE
+    )
+
+
+def pipeline(spec: ModelSpec, transformer: Any, device: torch.device, share: Any | None) -> Any:
+    """Put `transformer` into the diffusers pipeline of `spec`; encoders and VAE come from `share` if given."""
+    import diffusers
+
+    pipeline_class = getattr(diffusers, spec.pipeline)
+    if share is not None:
+        # The scheduler holds the state of a run, so each engine has its own.
+        scheduler = share.scheduler.from_config(share.scheduler.config)
+        parts = {**share.components, "transformer": transformer, "scheduler": scheduler}
+        pipe = pipeline_class(**parts)
+    else:
+        with _explained(spec):
+            pipe = pipeline_class.from_pretrained(spec.source, transformer=transformer, torch_dtype=DTYPE)
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module) and part is not transformer:
+                part.to(device).eval().requires_grad_(False)
+        if device.type == "cpu":
+            # A CPU without 16-bit arithmetic is many times slower at BF16 convolutions, and loses accuracy for nothing.
+            pipe.vae.to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _checkpoint_path(spec: ModelSpec, precision: str) -> Path:
+    place = spec.checkpoints[precision]
+    path = Path(place)
+    if path.exists():
+        return path
+    if path.is_absolute() or place.count("/") != 2:
+        raise CheckpointError(
+            f"{place}: the {precision} checkpoint of {spec.name} is not there; make it with"
+            f" python -m engine.quantize {spec.source} --out {place}"
+        )
+    from huggingface_hub import hf_hub_download
+
+    owner, name, file = place.split("/")
+    with _explained(spec):
+        return Path(hf_hub_download(f"{owner}/{name}", file))
+
+
+@contextlib.contextmanager
+def _explained(spec: ModelSpec) -> Iterator[None]:
+    """Turn the ways a download or a folder can fail into one sentence."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{spec.source} is gated: accept its licence on its hub page, then log in with `hf auth login` or set HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{spec.source}: no such model on the hub, or it is private; check the name") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if spec.local:
+            raise ModelError(f"{spec.source}: cannot be opened ({_first_line(error)}); fetch the folder again") from error
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ModelError(
+            f"{spec.source}: not on this machine and the hub does not answer{offline}: {_first_line(error)}."
+            " Connect once to download it, give a local folder, or use --model tiny, which ships with the project"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
