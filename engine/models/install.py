@@ -18,7 +18,7 @@ from engine.errors import CheckpointError
 from engine.linear import Activation, AWQLinear, SVDQuantLinear
 from engine.models.plan import AWQ_TENSORS, SVDQ_TENSORS, LinearGroup, get_linear, replace_module
 
-__all__ = ["FORMAT", "Family", "Quantization", "concatenate_rows", "expected_keys", "install", "load_quantized", "read_quantization"]
+__all__ = ["FORMAT", "Family", "Quantization", "concatenate_rows", "expected_keys", "install", "is_kept", "load_quantized", "read_quantization"]
 
 FORMAT = "nibble-canonical"
 _16BIT = (torch.bfloat16, torch.float16)
@@ -117,7 +117,7 @@ def load_quantized(
             raise CheckpointError(f"{path}: made for {quantization.model_class}, expected {family.MODEL_CLASS}")
         with torch.device("meta"):
             model = family.prepare(model_class.from_config(dict(quantization.config)))  # pyright: ignore
-        groups = [group for group in family.plan(model) if not _kept(group, quantization.keep)]
+        groups = [group for group in family.plan(model) if not is_kept(group, quantization.keep)]
         check_keys(path, files, expected_keys(model, groups, quantization.rank))
         for done, group in enumerate(groups, start=1):
             layers = {name: _read_layer(files, model, group, name, quantization) for name in group.names}
@@ -181,7 +181,7 @@ def concatenate_rows(linears: Sequence[ops.CanonicalLinear]) -> ops.CanonicalLin
     return replace(first, **rows)
 
 
-def _kept(group: LinearGroup, keep: Iterable[str]) -> bool:
+def is_kept(group: LinearGroup, keep: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in group.names for pattern in keep)
 
 
