@@ -1,0 +1,35 @@
+"""Rendered scenes with captions, exact depth and object masks.
+
+    scenes = sample(64, seed=1)
+    pictures = render(scenes, device="cuda", compile=True)      # .image, .depth, .mask
+    texts = captions(scenes, seed=1)
+
+`python -m zoo.scenes --help` draws a contact sheet.
+"""
+
+from __future__ import annotations
+
+from zoo.scenes.captions import Caption, Named, caption, captions, describe, vocabulary
+from zoo.scenes.render import Rendered, geometry_maps, render, stream
+from zoo.scenes.sample import Scenes, sample
+from zoo.scenes.vocabulary import COLORS, MATERIALS, RELATIONS, SHAPES, SIZES
+
+__all__ = [
+    "COLORS",
+    "MATERIALS",
+    "RELATIONS",
+    "SHAPES",
+    "SIZES",
+    "Caption",
+    "Named",
+    "Rendered",
+    "Scenes",
+    "caption",
+    "captions",
+    "describe",
+    "geometry_maps",
+    "render",
+    "sample",
+    "stream",
+    "vocabulary",
+]
