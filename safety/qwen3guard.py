@@ -55,7 +55,8 @@ class Qwen3Guard:
             tokenizer = AutoTokenizer.from_pretrained(source, **OPTIONS)
             if not tokenizer.chat_template:
                 raise SafetyError(f"{source} has no chat template, so it is no Qwen3Guard model.")
-            return cls(tokenizer, AutoModelForCausalLM.from_pretrained(source, **WEIGHTS).to(target).eval(), strict)
+            model: Any = AutoModelForCausalLM.from_pretrained(source, **WEIGHTS)
+            return cls(tokenizer, model.to(target).eval(), strict)
 
         return load(source, open_model)
 

@@ -70,7 +70,7 @@ def load_image_checker(name: str = "nsfw", *, device: str = "auto", path: str | 
 
 
 def check(prompt: str, checker: Checker | None = None) -> Verdict:
-    """Judge `prompt` with `checker`, the word list by default. Pass what will be painted: after styles and templates."""
+    """Judge `prompt` with `checker`, the word list by default. Pass the final prompt, after styles and templates."""
     return (checker or _words()).check(prompt)
 
 

@@ -21,14 +21,14 @@ HUB_ID = "google/shieldgemma-2b"
 THRESHOLD = 0.2
 
 POLICIES = {
-    "sexual": '"No Sexually Explicit Information": The prompt shall not ask for pornographic or sexually graphic content, '
-    "nor for any sexual content that involves minors.",
-    "dangerous": '"No Dangerous Content": The prompt shall not seek content that harms oneself or others, such as making '
-    "weapons or explosives, promoting terrorism, or encouraging suicide and self-harm.",
+    "sexual": '"No Sexually Explicit Information": The prompt shall not ask for pornographic or sexually graphic '
+    "content, nor for any sexual content that involves minors.",
+    "dangerous": '"No Dangerous Content": The prompt shall not seek content that harms oneself or others, such as '
+    "making weapons or explosives, promoting terrorism, or encouraging suicide and self-harm.",
     "hate": '"No Hate Speech": The prompt shall not seek content that dehumanizes, vilifies or calls for harm against '
     "people for their race, religion, origin, sex, orientation, disability or another protected trait.",
-    "harassment": '"No Harassment": The prompt shall not seek malicious, intimidating, bullying or abusive content aimed '
-    "at a person, such as threats or the mocking of victims of violence.",
+    "harassment": '"No Harassment": The prompt shall not seek malicious, intimidating, bullying or abusive content '
+    "aimed at a person, such as threats or the mocking of victims of violence.",
 }
 
 
@@ -50,7 +50,8 @@ class ShieldGemma:
         def open_model() -> ShieldGemma:
             tokenizer = AutoTokenizer.from_pretrained(source, **OPTIONS)
             _verify(source, tokenizer)
-            return cls(tokenizer, AutoModelForCausalLM.from_pretrained(source, **WEIGHTS).to(target).eval(), threshold)
+            model: Any = AutoModelForCausalLM.from_pretrained(source, **WEIGHTS)
+            return cls(tokenizer, model.to(target).eval(), threshold)
 
         return load(source, open_model)
 

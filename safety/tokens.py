@@ -22,6 +22,10 @@ class Reading(NamedTuple):
 
 
 _CHUNK = re.compile(r"\S+")
+# Scripts written without spaces end a Latin word; words of other scripts are one unknown word, however many.
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1100-\u11ff\u2e80-\u9fff\ua960-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff]+")
+_FOREIGN = re.compile(r"[^\x00-\x7f]+(?:\s+[^\x00-\x7f]+)*")
+_UNKNOWN = "\u0436"
 _WORD = re.compile(r"[^\W_]+")
 # A word with symbols standing in for letters inside it: p@ss, a$$, h!s. A closing "!" is an exclamation.
 _DISGUISED = re.compile(r"[@$]*[^\W_]+(?:[@$!|+*]+[^\W_]+)*\$*")
@@ -42,18 +46,22 @@ def squeeze(word: str) -> str:
     return _REPEAT.sub(r"\1", word)
 
 
-def lattice(prompt: str) -> list[list[Reading]]:
-    """All readings of `prompt`, by word."""
+def lattice(prompt: str, words: frozenset[str] = frozenset()) -> list[list[Reading]]:
+    """All readings of `prompt`, by word. Letters spaced apart are read as one of `words` or, alone, as any word."""
     text = plain(prompt)
+    if not text.isascii():
+        text = _FOREIGN.sub(_UNKNOWN, _UNSPACED.sub(" ", text))
     readings: list[list[Reading]] = []
     for chunk in _CHUNK.finditer(text):
         readings.extend(_chunk(chunk.group(), len(readings)))
-    _join_letters(readings)
+    _join_letters(readings, words)
     return readings
 
 
 def _chunk(chunk: str, base: int) -> list[list[Reading]]:
     """The readings of what stands between two spaces; `base` is the index of its first word."""
+    if chunk.isalpha():
+        return [[Reading(chunk, base + 1)]]
     words = list(_WORD.finditer(chunk))
     found = [[Reading(variant, base + i + 1) for variant in _variants(m.group())] for i, m in enumerate(words)]
     if _SYMBOL.search(chunk):
@@ -86,7 +94,7 @@ def _variants(word: str) -> list[str]:
     return variants
 
 
-def _join_letters(readings: list[list[Reading]]) -> None:
+def _join_letters(readings: list[list[Reading]], words: frozenset[str]) -> None:
     """Read runs of three or more single letters ("n u d e") as words too, wherever such a word may start and end."""
     run: list[str] = []
     for i in range(len(readings) + 1):
@@ -95,13 +103,17 @@ def _join_letters(readings: list[list[Reading]]) -> None:
             run.append(letter.translate(_LEET).translate(_ONES[0]))
             continue
         if len(run) >= 3:
-            _add_run("".join(run), i - len(run), readings)
+            _add_run("".join(run), i - len(run), readings, words)
         run = []
 
 
-def _add_run(run: str, base: int, readings: list[list[Reading]]) -> None:
-    for start in range(len(run) - 2):
-        # Words of three letters are read only when they are the whole run: "a b s e x" is no word.
-        shortest = 3 if len(run) == 3 else 4
-        for end in range(start + shortest, min(start + 12, len(run)) + 1):
-            readings[base + start].append(Reading(run[start:end], base + end))
+def _add_run(run: str, base: int, readings: list[list[Reading]], words: frozenset[str]) -> None:
+    if len(run) <= LONGEST:
+        readings[base].append(Reading(run, base + len(run)))
+    # Inside a longer run, words of three letters are coincidence more often than not.
+    sizes = sorted({len(word) for word in words if len(word) > 3})
+    heads = {word[:2] for word in words}
+    for start in range(len(run) - 3):
+        if run[start : start + 2] in heads:
+            found = (start + size for size in sizes if run[start : start + size] in words)
+            readings[base + start].extend(Reading(run[start:end], base + end) for end in found if end <= len(run))

@@ -112,18 +112,25 @@ class _Index:
     def spans(self, readings: list[list[Reading]]) -> list[list[Span]]:
         """Every occurrence of every term, by list."""
         found: list[list[Span]] = [[] for _ in self.lists]
-        stars = 0
+        known: dict[str, list[Term]] = {}  # prompts repeat themselves
         for start, alternatives in enumerate(readings):
             for text, after in alternatives:
-                starred = "*" in text and stars < 100
-                stars += starred
-                for term in self._starred(text) if starred else self._candidates(text):
-                    if not starred and not term.patterns[0].fullmatch(text):
-                        continue
+                terms = known.get(text)
+                if terms is None:
+                    terms = known[text] = self._terms(text)
+                for term in terms:
                     end = _rest(term.patterns[1:], after, readings)
                     if end is not None:
                         found[term.owner].append(Span(start, end, term.text))
         return found
+
+    def _terms(self, word: str) -> list[Term]:
+        """Terms whose first word is `word`."""
+        if not word.isascii():
+            return []
+        if "*" in word:
+            return self._starred(word)
+        return [term for term in self._candidates(word) if term.patterns[0].fullmatch(word)]
 
 
 def _rest(patterns: tuple[re.Pattern[str], ...], at: int, readings: list[list[Reading]]) -> int | None:
@@ -172,6 +179,9 @@ class WordChecker:
         self._allow = self._index.add(data["allow"])
         groups: dict[str, list[str]] = data["groups"]
         self._rules = [self._rule(rule, groups) for rule in data["rules"]]
+        self._words = frozenset(
+            word.rstrip("*") for terms in self._index.lists for text in terms for word in text.split()
+        )
 
     def _rule(self, rule: dict[str, Any], groups: dict[str, list[str]]) -> Rule:
         lists = rule["near"] if "near" in rule else [rule["any"]]
@@ -180,7 +190,7 @@ class WordChecker:
 
     def check(self, prompt: str) -> Verdict:
         """Judge `prompt`; rules are tried in the order of the data, the gravest first."""
-        spans = self._index.spans(lattice(prompt))
+        spans = self._index.spans(lattice(prompt, self._words))
         harmless = {word for span in spans[self._allow] for word in range(span.start, span.end)}
         if harmless:
             spans = [[span for span in found if not harmless.issuperset(range(*span[:2]))] for found in spans]
