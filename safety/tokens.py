@@ -24,7 +24,7 @@ class Reading(NamedTuple):
 _CHUNK = re.compile(r"\S+")
 # Scripts written without spaces end a Latin word; words of other scripts are one unknown word, however many.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1100-\u11ff\u2e80-\u9fff\ua960-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff]+")
-_FOREIGN = re.compile(r"[^\x00-\x7f]+(?:\s+[^\x00-\x7f]+)*")
+_FOREIGN = re.compile(r"(?:(?![a-z])[^\W\d_])+(?:\s+(?:(?![a-z])[^\W\d_])+)*")
 _UNKNOWN = "\u0436"
 _WORD = re.compile(r"[^\W_]+")
 # A word with symbols standing in for letters inside it: p@ss, a$$, h!s. A closing "!" is an exclamation.

@@ -86,6 +86,9 @@ BLOCKED = [
     ("ñüdé", "sexual"),
     ("n\u3164u\u3164d\u3164e", "sexual"),  # Hangul filler
     ("一个nude女人", "sexual"),
+    ("a “nude” statue", "sexual"),
+    ("nude–woman…", "sexual"),
+    ("«nude»", "sexual"),
     ("n🔥u🔥d🔥e", "sexual"),
     ("ch1ld, n4k3d", "minors"),
     ("n a k e d  c h i l d", "minors"),
