@@ -195,7 +195,7 @@ def _tensor(values: np.ndarray) -> torch.Tensor:
 def _place(scenes: Scenes) -> None:
     """Fill `position` and `yaw`: draw places until nothing touches, leaves the picture, hides or is ambiguous."""
     left = np.arange(len(scenes))
-    for attempt in range(4000):
+    for attempt in range(20000):
         if not len(left):
             return
         part = scenes[torch.from_numpy(left)]
@@ -210,7 +210,8 @@ def _place(scenes: Scenes) -> None:
 def _draw_places(part: Scenes, attempt: int) -> None:
     u = _uniform(part.seed, part.split, part.index.numpy(), _PLACES, attempt, 16)
     n, count = len(part), part.count.numpy()
-    x, z = 2.1 * (2 * u[:, 0:3] - 1), 6.5 + 2.9 * u[:, 3:6]
+    # Three objects: one each in the left, middle and right, or large ones would hardly ever fit.
+    x, z = 1.2 * (np.argsort(u[:, 7:10], axis=1) - 1) + 0.9 * (2 * u[:, 0:3] - 1), 6.5 + 2.9 * u[:, 3:6]
     # Two objects: place the pair by its relation, or nearly all draws would fail the rule for an unambiguous one.
     beside = u[:, 6] < 0.5
     across = np.where(beside, 1.3 + 1.5 * u[:, 7], 1.1 * (2 * u[:, 7] - 1)) * np.where(u[:, 8] < 0.5, 1, -1)
