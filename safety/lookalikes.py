@@ -49,6 +49,9 @@ _TABLE: dict[int, str | None] = {ord(char): latin for latin, chars in _LOOKALIKE
 _TABLE.update({ord(char): None for char in _INVISIBLE})
 _TABLE.update({start + i: chr(ord("a") + i) for start in _BADGES for i in range(26)})
 
+# Arabic ligatures of a whole phrase; unfolded, each is up to eighteen letters that no term has.
+_TABLE_BEFORE = dict.fromkeys(range(0xFDF0, 0xFDFE), "\u0436")
+
 _DROPPED = frozenset({"Mn", "Me", "Cf"})
 
 
@@ -59,7 +62,6 @@ def plain(text: str) -> str:
     """
     if text.isascii():
         return text.lower()
-    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text))
-    # By distinct character, since one character may unfold to eighteen and a prompt may hold thousands of it.
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text.translate(_TABLE_BEFORE)))
     dropped = dict.fromkeys(ord(char) for char in set(text) if unicodedata.category(char) in _DROPPED)
     return text.translate({**_TABLE, **dropped}).casefold()

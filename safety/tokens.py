@@ -52,34 +52,38 @@ def lattice(prompt: str, words: frozenset[str] = frozenset()) -> list[list[Readi
     if not text.isascii():
         text = _FOREIGN.sub(_UNKNOWN, _UNSPACED.sub(" ", text))
     readings: list[list[Reading]] = []
-    for chunk in _CHUNK.finditer(text):
-        readings.extend(_chunk(chunk.group(), len(readings)))
+    known: dict[str, list[list[Reading]]] = {}  # prompts repeat themselves
+    for match in _CHUNK.finditer(text):
+        chunk, base = match.group(), len(readings)
+        if chunk not in known:
+            known[chunk] = _chunk(chunk)
+        readings.extend([Reading(word, base + after) for word, after in found] for found in known[chunk])
     _join_letters(readings, words)
     return readings
 
 
-def _chunk(chunk: str, base: int) -> list[list[Reading]]:
-    """The readings of what stands between two spaces; `base` is the index of its first word."""
+def _chunk(chunk: str) -> list[list[Reading]]:
+    """The readings of what stands between two spaces, its first word counting as word 0."""
     if chunk.isalpha():
-        return [[Reading(chunk, base + 1)]]
+        return [[Reading(chunk, 1)]]
     words = list(_WORD.finditer(chunk))
-    found = [[Reading(variant, base + i + 1) for variant in _variants(m.group())] for i, m in enumerate(words)]
+    found = [[Reading(variant, i + 1) for variant in _variants(m.group())] for i, m in enumerate(words)]
     if _SYMBOL.search(chunk):
-        _add_disguised(chunk, [m.start() for m in words], base, found)
+        _add_disguised(chunk, [m.start() for m in words], found)
     if len(words) > 1:
         joined = "".join(m.group() for m in words)
         if len(joined) <= LONGEST:
-            found[0].extend(Reading(variant, base + len(words)) for variant in _variants(joined))
+            found[0].extend(Reading(variant, len(words)) for variant in _variants(joined))
     return found
 
 
-def _add_disguised(chunk: str, starts: list[int], base: int, found: list[list[Reading]]) -> None:
+def _add_disguised(chunk: str, starts: list[int], found: list[list[Reading]]) -> None:
     """Add the readings in which symbols are letters; `starts` are the offsets of the chunk's words."""
     for match in _DISGUISED.finditer(chunk):
         if len(match.group()) > LONGEST or not _SYMBOL.search(match.group()):
             continue
         inside = [i for i, start in enumerate(starts) if match.start() <= start < match.end()]
-        found[inside[0]].extend(Reading(v, base + inside[-1] + 1) for v in _variants(match.group()))
+        found[inside[0]].extend(Reading(v, inside[-1] + 1) for v in _variants(match.group()))
 
 
 def _variants(word: str) -> list[str]:
