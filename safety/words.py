@@ -176,7 +176,8 @@ class WordChecker:
         data = _data()
         self._sentences: dict[str, str] = data["categories"]
         self._index = _Index()
-        self._allow = self._index.add(data["allow"])
+        self._harmless = _Index()
+        self._harmless.add(data["allow"])
         groups: dict[str, list[str]] = data["groups"]
         self._rules = [self._rule(rule, groups) for rule in data["rules"]]
         self._words = frozenset(
@@ -190,8 +191,11 @@ class WordChecker:
 
     def check(self, prompt: str) -> Verdict:
         """Judge `prompt`; rules are tried in the order of the data, the gravest first."""
-        spans = self._index.spans(lattice(prompt, self._words))
-        harmless = {word for span in spans[self._allow] for word in range(span.start, span.end)}
+        readings = lattice(prompt, self._words)
+        spans = self._index.spans(readings)
+        # Only what is written plainly is harmless; "n0 porn" is a disguise of something else.
+        [allowed] = self._harmless.spans([alternatives[:1] for alternatives in readings])
+        harmless = {word for span in allowed for word in range(span.start, span.end)}
         if harmless:
             spans = [[span for span in found if not harmless.issuperset(range(*span[:2]))] for found in spans]
         for rule in self._rules:

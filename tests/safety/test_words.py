@@ -90,6 +90,7 @@ BLOCKED = [
     ("nude–woman…", "sexual"),
     ("«nude»", "sexual"),
     ("n🔥u🔥d🔥e", "sexual"),
+    ("n0 porn", "sexual"),
     ("ch1ld, n4k3d", "minors"),
     ("n a k e d  c h i l d", "minors"),
     ("g0re and d3capitation", "violence"),
@@ -283,7 +284,7 @@ def test_every_reading_leads_to_a_later_word(prompt: str) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_a_word_is_found_between_any_neighbours(before: str, after: str) -> None:
-    verdict = check(f"{before} pornography {after}")
+    verdict = check(f"{before} masturbating {after}")
     assert not verdict.allowed
 
 
