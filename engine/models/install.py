@@ -83,14 +83,14 @@ def read_quantization(files: TensorFiles) -> Quantization:
         raise CheckpointError(f"{files.path}: its metadata is incomplete or damaged ({error!r})") from error
 
 
-def expected_keys(model: nn.Module, groups: Iterable[LinearGroup], rank: int) -> set[str]:
+def expected_keys(model: nn.Module, groups: Iterable[LinearGroup], quantization: Quantization) -> set[str]:
     """Names of all tensors that a canonical checkpoint of `model` must hold."""
     keys = set(model.state_dict())
     for group in groups:
         for name in group.names:
             linear = get_linear(model, name)
             keys.remove(f"{name}.weight")
-            keys.update(f"{name}.{part}" for part in _parts(group, rank))
+            keys.update(f"{name}.{part}" for part in _parts(group, quantization))
             if linear.bias is not None:
                 keys.add(f"{name}.bias")
     return keys
@@ -118,7 +118,7 @@ def load_quantized(
         with torch.device("meta"):
             model = family.prepare(model_class.from_config(dict(quantization.config)))  # pyright: ignore
         groups = [group for group in family.plan(model) if not is_kept(group, quantization.keep)]
-        check_keys(path, files, expected_keys(model, groups, quantization.rank))
+        check_keys(path, files, expected_keys(model, groups, quantization))
         for done, group in enumerate(groups, start=1):
             layers = {name: _read_layer(files, model, group, name, quantization) for name in group.names}
             install(model, group, layers, backend=backend, activation=activation, dtype=dtype)
@@ -175,9 +175,14 @@ def concatenate_rows(linears: Sequence[ops.CanonicalLinear]) -> ops.CanonicalLin
                 raise CheckpointError(f"{part}: expected one and the same tensor for linears that share their input")
     rows = {
         part: torch.cat([getattr(linear, part) for linear in linears])
-        for part in ("codes", "wscales", "lora_up", "bias")
+        for part in ("codes", "wscales", "wcscales", "lora_up", "bias")
         if getattr(first, part) is not None
     }
+    if first.wtscale is not None and any(not torch.equal(first.wtscale, other.wtscale) for other in linears):
+        # Tensor scales that differ become one scale a row.
+        scales = [linear.wtscale.expand(linear.n) for linear in linears if linear.wtscale is not None]
+        rows["wcscales"] = torch.cat(scales) * rows.get("wcscales", 1)
+        rows["wtscale"] = None
     return replace(first, **rows)
 
 
@@ -185,10 +190,12 @@ def is_kept(group: LinearGroup, keep: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in group.names for pattern in keep)
 
 
-def _parts(group: LinearGroup, rank: int) -> tuple[str, ...]:
+def _parts(group: LinearGroup, quantization: Quantization) -> tuple[str, ...]:
     if group.kind == "awq":
         return AWQ_TENSORS
-    return SVDQ_TENSORS if rank else tuple(part for part in SVDQ_TENSORS if not part.startswith("lora"))
+    branch = ("lora_down", "lora_up") if quantization.rank else ()
+    tensor_scale = ("wtscale",) if quantization.weight == "nvfp4" else ()
+    return (*SVDQ_TENSORS, *branch, *tensor_scale)
 
 
 def _read_layer(
@@ -200,8 +207,8 @@ def _read_layer(
     if group.kind == "awq":
         shapes |= {"scales": (n, k // 64), "zeros": (n, k // 64)}
     else:
-        shapes |= {"wscales": (n, k // size), "smooth": (k,), "lora_down": (rank, k), "lora_up": (n, rank)}
-    names = [*_parts(group, rank), *(["bias"] if linear.bias is not None else [])]
+        shapes |= {"wscales": (n, k // size), "smooth": (k,), "lora_down": (rank, k), "lora_up": (n, rank), "wtscale": (1,)}
+    names = [*_parts(group, quantization), *(["bias"] if linear.bias is not None else [])]
     tensors = {part: _read(files, f"{name}.{part}", shapes[part]) for part in names}
     if group.kind == "awq":
         return ops.AwqWeight(**tensors)

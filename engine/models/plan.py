@@ -11,7 +11,7 @@ from engine.errors import ModelError
 
 __all__ = ["AWQ_TENSORS", "SVDQ_TENSORS", "LinearGroup", "get_linear", "replace_module"]
 
-SVDQ_TENSORS = ("codes", "wscales", "smooth", "lora_down", "lora_up")
+SVDQ_TENSORS = ("codes", "wscales", "smooth")
 AWQ_TENSORS = ("codes", "scales", "zeros")
 
 

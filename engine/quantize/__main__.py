@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="tiny, schnell, dev, a diffusers folder or a hub id")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; replaced when done")
+    parser.add_argument("--precision", default="int4", choices=("int4", "nvfp4"), help="4-bit type (default int4)")
     parser.add_argument("--calib", type=Path, metavar="FILE", help="text file, a prompt a line (default: no data)")
     parser.add_argument("--samples", type=int, default=16, help="prompts of the file to use (default 16)")
     parser.add_argument("--rank", type=int, default=32, help="rank of the 16-bit branch, a multiple of 16 (default 32)")
@@ -62,7 +63,7 @@ def _quantize(args: argparse.Namespace) -> None:
         bar = bars.setdefault(stage, tqdm(total=total, desc=stage, file=sys.stderr))
         bar.update(done - bar.n)
 
-    recipe = Recipe(rank=args.rank, rounds=args.rounds)
+    recipe = Recipe(precision=args.precision, rank=args.rank, rounds=args.rounds)
     report = quantize_model(
         args.model, args.out, prompts=prompts, recipe=recipe, keep=args.keep_16bit, device=args.device, progress=progress
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from engine import ops
 from engine.quantize.lowrank import low_rank
+from engine.quantize.nvfp4 import round_nvfp4
 from engine.quantize.rounding import GROUP, pack_nibbles, round_affine, round_int4
 from engine.quantize.smooth import candidates
 
@@ -17,8 +19,9 @@ __all__ = ["Inputs", "Quantized", "Recipe", "quantize_group", "quantize_weight_o
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize: rank of the branch, smoothing strengths to try, refinement rounds, stored 16-bit type."""
+    """How to quantize: 4-bit type, rank of the branch, smoothing strengths to try, refinement rounds, stored 16-bit type."""
 
+    precision: Literal["int4", "nvfp4"] = "int4"
     rank: int = 32
     alphas: tuple[float, ...] = (0.3, 0.5, 0.7)
     rounds: int = 8
@@ -83,24 +86,32 @@ def _branch_and_round(
     importance = rows.square().mean(0)
     root = _second_moment_root(rows, recipe.damping)
     rounded = torch.zeros_like(target)
-    best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    best: tuple[dict[str, Tensor], Tensor, Tensor] | None = None
     least = float("inf")
     for _ in range(rounds):
         up, down = _store(*low_rank(target - rounded, recipe.rank, root, recipe.seed), smooth, recipe.dtype)
-        codes, scales, rounded = round_int4(target - up @ (down * smooth), importance, recipe.dtype)
+        stored, rounded = _round(target - up @ (down * smooth), importance, recipe)
         error = float(((target - rounded - up @ (down * smooth)) @ root).norm())
         if error < least:
-            least, best = error, (codes, scales, up, down)
+            least, best = error, (stored, up, down)
     assert best is not None
-    codes, scales, up, down = best
+    stored, up, down = best
     return ops.CanonicalLinear(
-        codes=pack_nibbles(codes),
-        wscales=scales,
+        **stored,
         smooth=smooth.to(recipe.dtype),
         lora_down=down.to(recipe.dtype) if recipe.rank else None,
         lora_up=up.to(recipe.dtype) if recipe.rank else None,
         bias=None,
     )
+
+
+def _round(residual: Tensor, importance: Tensor, recipe: Recipe) -> tuple[dict[str, Tensor], Tensor]:
+    """Round what the branch leaves; returns the tensors to store and the value they stand for."""
+    if recipe.precision == "nvfp4":
+        codes, scales, tensor_scale, rounded = round_nvfp4(residual, importance, recipe.dtype)
+        return {"codes": pack_nibbles(codes), "wscales": scales, "wtscale": tensor_scale}, rounded
+    codes, scales, rounded = round_int4(residual, importance, recipe.dtype)
+    return {"codes": pack_nibbles(codes), "wscales": scales}, rounded
 
 
 def _store(up: Tensor, down: Tensor, smooth: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

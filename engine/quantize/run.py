@@ -47,7 +47,7 @@ def quantize_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> list[LayerError]:
-    """Quantize the transformer of `model` to INT4 and write a canonical checkpoint folder to `out`.
+    """Quantize the transformer of `model` by `recipe` and write a canonical checkpoint folder to `out`.
 
     `prompts` are run through the model to see real inputs; without any, every input channel counts alike. `keep`
     holds name patterns (fnmatch) of linears that stay in 16 bits. Returns the error of each group.
@@ -65,7 +65,8 @@ def quantize_model(
         report.append(_quantize(transformer, group, inputs[group], recipe, tensors))
         tell("quantizing", done, len(groups))
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
-    details = Quantization(flux.MODEL_CLASS, config, "int4", 64, recipe.rank, tuple(keep))
+    group_size = 64 if recipe.precision == "int4" else 16
+    details = Quantization(flux.MODEL_CLASS, config, recipe.precision, group_size, recipe.rank, tuple(keep))
     write_shards(out, tensors, details.metadata(), max_shard_bytes)
     return report
 
@@ -100,7 +101,7 @@ def _quantize(
         done = quantize_group(weight, inputs, recipe, unsigned=group.unsigned)
         linear, error = done.linear, done.error
         parts = {"codes": linear.codes, "wscales": linear.wscales, "lora_up": linear.lora_up}
-        shared = {"smooth": linear.smooth, "lora_down": linear.lora_down}
+        shared = {"smooth": linear.smooth, "lora_down": linear.lora_down, "wtscale": linear.wtscale}
     _write_rows(group, [linear.out_features for linear in linears], parts, shared, tensors)
     return LayerError(group.title, group.kind, error)
 
