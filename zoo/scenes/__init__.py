@@ -9,10 +9,10 @@
 
 from __future__ import annotations
 
-from zoo.scenes.captions import Caption, Named, caption, captions, describe, vocabulary
-from zoo.scenes.render import Rendered, geometry_maps, render, stream
-from zoo.scenes.sample import Scenes, sample
-from zoo.scenes.vocabulary import COLORS, MATERIALS, RELATIONS, SHAPES, SIZES
+from zoo.scenes.captioning import Caption, Named, caption, captions, describe, vocabulary
+from zoo.scenes.renderer import Rendered, geometry_maps, render, stream
+from zoo.scenes.scene import Scenes, sample
+from zoo.scenes.lexicon import COLORS, MATERIALS, RELATIONS, SHAPES, SIZES
 
 __all__ = [
     "COLORS",

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from zoo.scenes import vocabulary as vocab
+from zoo.scenes import lexicon
 
 if TYPE_CHECKING:
-    from zoo.scenes.sample import Scenes
+    from zoo.scenes.scene import Scenes
 
 Vector = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 FAR = 1.0e4  # stands for "no hit" along a ray
@@ -53,8 +53,8 @@ def solids(scenes: Scenes, device: torch.device | str = "cpu") -> Solids:
     """Turn the scenes' objects into the numbers of the ray formula."""
     shape, size = scenes.shape, scenes.size
     table = lambda values: torch.tensor(values, dtype=torch.float32)  # noqa: E731
-    radius = table(vocab.RADIUS)[size]
-    base, height = radius * table(vocab.FOOTPRINT)[shape], radius * table(vocab.HEIGHT)[shape]
+    radius = table(lexicon.RADIUS)[size]
+    base, height = radius * table(lexicon.FOOTPRINT)[shape], radius * table(lexicon.HEIGHT)[shape]
     slope2 = (base / height) ** 2
     zero = torch.zeros_like(base)
     c2 = torch.stack([zero + 1, zero, zero, -slope2])

@@ -14,7 +14,7 @@ import torch
 
 from zoo.scenes import geometry
 from zoo.scenes.geometry import FAR, Camera, Hit, Solids, Vector, take
-from zoo.scenes.sample import Scenes
+from zoo.scenes.scene import Scenes
 
 
 class World(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from zoo.scenes import geometry, shade
-from zoo.scenes.sample import Scenes
+from zoo.scenes.scene import Scenes
 
 SKY_DEPTH = 100.0  # metres, stands for the sky in depth maps
 SHADOW_RAYS = 16  # a pixel, shared out among its sub-pixels

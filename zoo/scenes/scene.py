@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from zoo.scenes import geometry
-from zoo.scenes import vocabulary as vocab
+from zoo.scenes import lexicon
 
 SPLITS = ("train", "test")
 MAX_OBJECTS = 3
@@ -33,7 +33,7 @@ class Scenes:
     split: str
     index: torch.Tensor  # (B,) int64, position of the scene in its seed and split
     count: torch.Tensor  # (B,) int64, 1..3
-    shape: torch.Tensor  # (B, K) int64 into vocabulary.SHAPES, and so on for the next three
+    shape: torch.Tensor  # (B, K) int64 into lexicon.SHAPES, and so on for the next three
     color: torch.Tensor
     size: torch.Tensor
     material: torch.Tensor
@@ -101,7 +101,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def object_set(shape: np.ndarray, color: np.ndarray, size: np.ndarray, material: np.ndarray, count: np.ndarray):
     """One integer a scene for its set of objects, whatever their order. (B, K) x 4, (B,) -> (B,) int64."""
-    kind = ((shape * len(vocab.COLORS) + color) * 2 + size) * 2 + material + 1
+    kind = ((shape * len(lexicon.COLORS) + color) * 2 + size) * 2 + material + 1
     kind = np.sort(np.where(np.arange(MAX_OBJECTS)[None] < count[:, None], kind, 0), axis=1)
     return (kind[:, 0] * 129 + kind[:, 1]) * 129 + kind[:, 2]
 
@@ -133,7 +133,7 @@ def _attributes(seed: int, split: str, index: np.ndarray) -> dict[str, np.ndarra
 
 
 def _distinct(draw: dict[str, np.ndarray], count: np.ndarray) -> np.ndarray:
-    look = draw["shape"] * len(vocab.COLORS) + draw["color"]
+    look = draw["shape"] * len(lexicon.COLORS) + draw["color"]
     same01 = (look[:, 0] == look[:, 1]) & (count >= 2)
     same2 = ((look[:, 0] == look[:, 2]) | (look[:, 1] == look[:, 2])) & (count >= 3)
     return ~(same01 | same2)
@@ -151,7 +151,7 @@ def _looks(seed: int, split: str, index: np.ndarray, objects: dict[str, np.ndarr
     choose = lambda column, table: (u[:, column] * len(table)).astype(np.int64)  # noqa: E731
     tint = lambda column, amount: 1 + amount * (2 * u[:, column : column + 3] - 1)  # noqa: E731
 
-    floor, wall, sky = choose(0, vocab.FLOORS), choose(1, vocab.WALLS), choose(2, vocab.SKIES)
+    floor, wall, sky = choose(0, lexicon.FLOORS), choose(1, lexicon.WALLS), choose(2, lexicon.SKIES)
     azimuth = np.where(u[:, 4] < 0.5, -1, 1) * spread(5, 0.35, 1.25)  # from the left or the right, before the objects
     elevation = spread(6, 0.62, 1.02)
     light = np.stack(
@@ -162,7 +162,7 @@ def _looks(seed: int, split: str, index: np.ndarray, objects: dict[str, np.ndarr
     height = spread(9, 2.1, 2.9)
     pitch = np.arctan2(height - spread(10, 0.70, 0.90), 7.8)  # aims a little above the middle of the objects
     bright = spread(11, 0.85, 1.15)[:, None]
-    rgb = _pick(vocab.COLOR_RGB, objects["color"]) * (1 + 0.12 * (2 * u[:, 20:29].reshape(n, k, 3) - 1))
+    rgb = _pick(lexicon.COLOR_RGB, objects["color"]) * (1 + 0.12 * (2 * u[:, 20:29].reshape(n, k, 3) - 1))
     rgb = rgb * (1 + 0.10 * (2 * u[:, 29:32, None] - 1))
     values = {
         **objects,
@@ -172,14 +172,14 @@ def _looks(seed: int, split: str, index: np.ndarray, objects: dict[str, np.ndarr
         "rgb": np.clip(rgb, 0, 0.92),
         "floor": floor,
         "pattern": (u[:, 3] < 0.22).astype(np.int64),
-        "floor_rgb": np.clip(_pick(vocab.FLOOR_RGB, floor) * bright * tint(32, 0.06), 0, 0.8),
+        "floor_rgb": np.clip(_pick(lexicon.FLOOR_RGB, floor) * bright * tint(32, 0.06), 0, 0.8),
         "walled": u[:, 12] < 0.45,
         "wall": wall,
-        "wall_rgb": np.clip(_pick(vocab.WALL_RGB, wall) * tint(35, 0.06) * spread(13, 0.85, 1.1)[:, None], 0, 0.85),
+        "wall_rgb": np.clip(_pick(lexicon.WALL_RGB, wall) * tint(35, 0.06) * spread(13, 0.85, 1.1)[:, None], 0, 0.85),
         "wall_z": spread(14, 11.0, 13.5),
         "sky": sky,
-        "horizon_rgb": _pick(vocab.SKY_HORIZON, sky) * tint(38, 0.05),
-        "zenith_rgb": _pick(vocab.SKY_ZENITH, sky) * tint(41, 0.07),
+        "horizon_rgb": _pick(lexicon.SKY_HORIZON, sky) * tint(38, 0.05),
+        "zenith_rgb": _pick(lexicon.SKY_ZENITH, sky) * tint(41, 0.07),
         "light": light,
         "light_rgb": light_rgb,
         "light_radius": spread(15, 0.07, 0.13),
@@ -223,7 +223,7 @@ def _draw_places(part: Scenes, attempt: int) -> None:
     single = count == 1
     x[:, 0] = np.where(single, 1.0 * (2 * u[:, 0] - 1), x[:, 0])
     z[:, 0] = np.where(single, 6.7 + 1.9 * u[:, 3], z[:, 0])
-    radius, factor = np.asarray(vocab.RADIUS)[part.size.numpy()], np.asarray(vocab.HEIGHT)[part.shape.numpy()]
+    radius, factor = np.asarray(lexicon.RADIUS)[part.size.numpy()], np.asarray(lexicon.HEIGHT)[part.shape.numpy()]
     part.position = torch.from_numpy(np.stack([x, radius * factor / 2, z], 2).astype(np.float32))
     yaw = u[:, 13:16] * math.pi / 2
     assert part.yaw.shape == (n, MAX_OBJECTS)

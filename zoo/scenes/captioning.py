@@ -10,8 +10,8 @@ import dataclasses
 import random
 
 from zoo.scenes import geometry
-from zoo.scenes import vocabulary as vocab
-from zoo.scenes.sample import Scenes
+from zoo.scenes import lexicon
+from zoo.scenes.scene import Scenes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,19 +100,19 @@ def _name(fact: dict, slot: int, style: str, rng: random.Random) -> tuple[Named,
     size = fact["size"][slot] if rng.random() < keep[0] else None
     material = fact["material"][slot] if rng.random() < keep[1] else None
     shape, color = fact["shape"][slot], fact["color"][slot]
-    parts = [_plain(rng, vocab.COLOR_WORDS[color], 0.88)]
+    parts = [_plain(rng, lexicon.COLOR_WORDS[color], 0.88)]
     if material is not None:
-        word = _plain(rng, vocab.MATERIAL_WORDS[material])
+        word = _plain(rng, lexicon.MATERIAL_WORDS[material])
         parts.insert(1 if rng.random() < 0.7 else 0, word)
     if size is not None:
-        parts.insert(0, _plain(rng, vocab.SIZE_WORDS[size]))
-    parts.append(_plain(rng, vocab.SHAPE_WORDS[shape], 0.78))
+        parts.insert(0, _plain(rng, lexicon.SIZE_WORDS[size]))
+    parts.append(_plain(rng, lexicon.SHAPE_WORDS[shape], 0.78))
     named = Named(
         slot,
-        vocab.SHAPES[shape],
-        vocab.COLORS[color],
-        None if size is None else vocab.SIZES[size],
-        None if material is None else vocab.MATERIALS[material],
+        lexicon.SHAPES[shape],
+        lexicon.COLORS[color],
+        None if size is None else lexicon.SIZES[size],
+        None if material is None else lexicon.MATERIALS[material],
     )
     return named, " ".join(parts)
 
@@ -147,19 +147,19 @@ def _finish(text: str, fact: dict, rng: random.Random, style: str) -> str:
 
 
 def _place(fact: dict, rng: random.Random) -> str:
-    floor = rng.choice(vocab.FLOOR_WORDS[fact["floor"]])
+    floor = rng.choice(lexicon.FLOOR_WORDS[fact["floor"]])
     if fact["pattern"] == 1 and rng.random() < 0.7:
         floor = f"{floor} checkered" if rng.random() < 0.6 else "checkered"
     floor = f"on {_a(floor)} {rng.choice(('floor', 'floor', 'ground'))}"
     if fact["walled"]:
-        back = f"{rng.choice(('against', 'in front of'))} {_a(rng.choice(vocab.WALL_WORDS[fact['wall']]))} wall"
+        back = f"{rng.choice(('against', 'in front of'))} {_a(rng.choice(lexicon.WALL_WORDS[fact['wall']]))} wall"
     else:
-        back = f"under {_a(rng.choice(vocab.SKY_WORDS[fact['sky']]))} sky"
+        back = f"under {_a(rng.choice(lexicon.SKY_WORDS[fact['sky']]))} sky"
     return rng.choice((floor, floor, back, back, f"{floor} {back}"))
 
 
 def _holding(fact: dict, a: Named, b: Named, rng: random.Random) -> str | None:
-    holds = [r for r, true in zip(vocab.RELATIONS, fact["relations"][a.slot][b.slot], strict=True) if true]
+    holds = [r for r, true in zip(lexicon.RELATIONS, fact["relations"][a.slot][b.slot], strict=True) if true]
     return rng.choice(holds) if holds else None
 
 
@@ -212,9 +212,9 @@ def _three(fact: dict, named: tuple[Named, ...], words: tuple[str, ...], rng: ra
 
 def vocabulary() -> list[str]:
     """Every word and mark that captions use, sorted: the units a tokenizer needs."""
-    rows = (*vocab.SHAPE_WORDS, *vocab.COLOR_WORDS, *vocab.SIZE_WORDS, *vocab.MATERIAL_WORDS)
-    rows += (*vocab.FLOOR_WORDS, *vocab.SKY_WORDS, *vocab.WALL_WORDS, _BESIDE, _VERBS, _OPENERS)
+    rows = (*lexicon.SHAPE_WORDS, *lexicon.COLOR_WORDS, *lexicon.SIZE_WORDS, *lexicon.MATERIAL_WORDS)
+    rows += (*lexicon.FLOOR_WORDS, *lexicon.SKY_WORDS, *lexicon.WALL_WORDS, _BESIDE, _VERBS, _OPENERS)
     rows += (*_BETWEEN.values(), *_ASIDE.values(), *_COUNTS.values())
     rows += (("a an the and with on under against in front of is there it its wall sky floor ground checkered",),)
     rows += ((", . : ;",),)
-    return sorted({w for row in rows for text in row for w in vocab.words(text)})
+    return sorted({w for row in rows for text in row for w in lexicon.words(text)})
