@@ -1,0 +1,44 @@
+// The AMX linear on emulated tiles: checks linear_amx.h's indexing on machines without AMX. Slow; chosen by tests only.
+#include "linear_amx.h"
+
+namespace nibble {
+namespace {
+
+struct EmulatedTiles {
+  int8_t tile[8][kTileBytes];
+
+  template <int T>
+  void zero() {
+    memset(tile[T], 0, kTileBytes);
+  }
+  template <int T>
+  void load(const void* from) {
+    memcpy(tile[T], from, kTileBytes);
+  }
+  template <int T>
+  void store(void* to) {
+    memcpy(to, tile[T], kTileBytes);
+  }
+  template <int C, int A, int B>  // as the manual states TDPBSSD
+  void multiply() {
+    for (int m = 0; m < 16; ++m) {
+      for (int n = 0; n < 16; ++n) {
+        int32_t sum;
+        memcpy(&sum, tile[C] + m * 64 + n * 4, 4);
+        for (int k = 0; k < 16; ++k)
+          for (int i = 0; i < 4; ++i) sum += tile[A][m * 64 + k * 4 + i] * tile[B][k * 64 + n * 4 + i];
+        memcpy(tile[C] + m * 64 + n * 4, &sum, 4);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+int64_t linear_scratch_amx_emulated(int64_t m, int64_t k) { return amx_scratch(m, k); }
+
+void linear_amx_emulated(const Linear& p, Range rows, Range panels, uint8_t* scratch) {
+  linear_tiles<EmulatedTiles>(p, rows, panels, scratch);
+}
+
+}  // namespace nibble

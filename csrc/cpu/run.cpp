@@ -1,0 +1,99 @@
+// Splits an op among threads. Each element of a result is computed by one thread in one order, so the number of threads
+// never changes a bit of it.
+#include "common.h"
+#include "kernels.h"
+
+namespace nibble {
+namespace {
+
+constexpr double kWorkPerThread = 1 << 20;  // multiply-adds below which another thread costs more than it brings
+
+int useful_threads(int threads, double work) {
+  const double most = work / kWorkPerThread + 1.0;
+  return threads < most ? threads : static_cast<int>(most);
+}
+
+// Cuts rows x panels into a grid of at most `threads` parts: the grid whose largest part is smallest, and of equals the
+// one with most cuts along the rows, because parts that share rows prepare them twice.
+struct Grid {
+  int64_t row_parts = 1, panel_parts = 1;
+};
+Grid choose_grid(int64_t row_tiles, int64_t panels, int threads) {
+  Grid best;
+  int64_t least = row_tiles * panels;
+  for (int64_t row_parts = min64(threads, row_tiles); row_parts >= 1; --row_parts) {
+    const int64_t panel_parts = min64(threads / row_parts, panels);
+    const int64_t largest = ceil_div(row_tiles, row_parts) * ceil_div(panels, panel_parts);
+    if (largest < least) {
+      least = largest;
+      best = {row_parts, panel_parts};
+    }
+  }
+  return best;
+}
+
+struct LinearJob {
+  const Isa* isa;
+  const Linear* p;
+  Grid grid;
+  uint8_t* scratch;
+};
+
+void linear_part(void* context, int64_t part) {
+  const LinearJob& job = *static_cast<const LinearJob*>(context);
+  const int64_t i = part / job.grid.panel_parts, j = part % job.grid.panel_parts;
+  const int64_t m = job.p->m, panels = ceil_div(job.p->w->n, kPanel);
+  const Range rows{m * i / job.grid.row_parts, m * (i + 1) / job.grid.row_parts};
+  const Range columns{panels * j / job.grid.panel_parts, panels * (j + 1) / job.grid.panel_parts};
+  uint8_t* scratch = job.scratch + part * job.isa->kernels.scratch_bytes(m, job.p->w->k);
+  job.isa->kernels.linear(*job.p, rows, columns, scratch);
+}
+
+template <class Params>
+struct SplitJob {
+  const Isa* isa;
+  const Params* p;
+  int64_t total, parts;
+  Range range(int64_t part) const { return {total * part / parts, total * (part + 1) / parts}; }
+};
+
+void quantize_part(void* context, int64_t part) {
+  const auto& job = *static_cast<const SplitJob<QuantizeAct>*>(context);
+  job.isa->kernels.quantize_act(*job.p, job.range(part));
+}
+
+void awq_part(void* context, int64_t part) {
+  const auto& job = *static_cast<const SplitJob<AwqLinear>*>(context);
+  job.isa->kernels.awq_linear(*job.p, job.range(part));
+}
+
+}  // namespace
+
+Status run_quantize_act(const Isa& isa, const QuantizeAct& p, int threads) {
+  if (!isa.runs) return isa.why;
+  const double work = static_cast<double>(p.m) * static_cast<double>(p.w->k * (p.w->rank + 32));
+  SplitJob<QuantizeAct> job{&isa, &p, p.m, min64(useful_threads(threads, work), p.m)};
+  parallel_for(threads, job.parts, quantize_part, &job);
+  return nullptr;
+}
+
+Status run_linear(const Isa& isa, const Linear& p, int threads, uint8_t* scratch, int64_t scratch_bytes) {
+  if (!isa.runs) return isa.why;
+  if (scratch_bytes < threads * isa.kernels.scratch_bytes(p.m, p.w->k)) return "the scratch memory is too small";
+  const double work = static_cast<double>(p.m) * static_cast<double>(p.w->k * p.w->n);
+  const int64_t row_tiles = ceil_div(p.m, isa.kernels.row_tile), panels = ceil_div(p.w->n, kPanel);
+  LinearJob job{&isa, &p, choose_grid(row_tiles, panels, useful_threads(threads, work)), scratch};
+  parallel_for(threads, job.grid.row_parts * job.grid.panel_parts, linear_part, &job);
+  return nullptr;
+}
+
+Status run_awq_linear(const Isa& isa, const AwqLinear& p, int threads) {
+  if (!isa.runs) return isa.why;
+  const double work = static_cast<double>(p.m) * static_cast<double>(p.k * p.n);
+  const int64_t panels = ceil_div(p.n, kPanel);
+  SplitJob<AwqLinear> job{&isa, &p, panels, min64(useful_threads(threads, work), panels)};
+  parallel_for(threads, job.parts, awq_part, &job);
+  return nullptr;
+}
+
+}  // namespace nibble

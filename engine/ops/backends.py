@@ -1,0 +1,110 @@
+"""Which kernels run here: one ordered table a device, best first, and the choice.
+
+The only file that imports engine.kernels. The choice is made once a device and kept; ENGINE_BACKEND forces one.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from engine.errors import BackendError
+
+__all__ = ["NAMES", "BackendInfo", "TableRow", "available", "cpu_kernels", "isa_index", "select", "table"]
+
+# Best first. `amx_emulated` runs the AMX code on emulated tiles: it can be packed for, in tests, but is never chosen.
+_CPU = ("amx", "avx512", "avx2", "scalar")
+NAMES = (*_CPU, "reference", "amx_emulated")
+
+
+class BackendInfo(NamedTuple):
+    """A backend that runs on `device`, and why it was chosen."""
+
+    name: str
+    device: torch.device
+    reason: str
+
+
+class TableRow(NamedTuple):
+    """One backend of a device: whether it runs here, and if not, why."""
+
+    name: str
+    runs: bool
+    why: str
+
+
+@lru_cache(maxsize=1)
+def _load_cpu() -> tuple[ModuleType | None, str]:
+    try:
+        from engine.kernels import _cpu
+    except ImportError as error:
+        return None, f"the compiled module engine.kernels._cpu cannot be loaded: {error}"
+    return _cpu, ""
+
+
+def cpu_kernels() -> ModuleType:
+    """The compiled CPU module. Raises BackendError where it is missing."""
+    module, why = _load_cpu()
+    if module is None:
+        raise BackendError(f"{why}. Build it with `pip install -e .`.")
+    return module
+
+
+@lru_cache(maxsize=16)
+def isa_index(name: str) -> int:
+    """Number by which the compiled CPU module knows instruction set `name`. Raises BackendError if it cannot run here."""
+    for index, (known, runs, why) in enumerate(cpu_kernels().instruction_sets()):
+        if known == name:
+            if not runs:
+                raise BackendError(f"backend {name} cannot run here: {why}")
+            return index
+    raise BackendError(f"backend {name} has no CPU kernels")
+
+
+def table(device: torch.device | str) -> tuple[TableRow, ...]:
+    """Every backend that could serve `device`, best first. Asks the processor; launches nothing."""
+    rows = []
+    if torch.device(device).type == "cpu":
+        module, missing = _load_cpu()
+        known = {} if module is None else {name: (runs, why) for name, runs, why in module.instruction_sets()}
+        rows = [TableRow(name, *known.get(name, (False, missing))) for name in _CPU]
+    return (*rows, TableRow("reference", True, ""))
+
+
+def available(device: torch.device | str) -> tuple[BackendInfo, ...]:
+    """The backends that run on `device`, best first."""
+    where = torch.device(device)
+    return tuple(BackendInfo(row.name, where, "runs here") for row in table(where) if row.runs)
+
+
+def select(device: torch.device | str) -> BackendInfo:
+    """The backend for `device`: the first that runs, or the one ENGINE_BACKEND names.
+
+    Raises BackendError if the named one is unknown or cannot run here. Warns once when only `reference` is left.
+    """
+    return _select(torch.device(device), os.environ.get("ENGINE_BACKEND", ""))
+
+
+@lru_cache(maxsize=64)
+def _select(device: torch.device, forced: str) -> BackendInfo:
+    rows = table(device)
+    if forced:
+        row = next((row for row in rows if row.name == forced), None)
+        if row is None:
+            known = ", ".join(row.name for row in rows)
+            raise BackendError(f"ENGINE_BACKEND={forced}: expected one of {known} on {device}")
+        if not row.runs:
+            raise BackendError(f"ENGINE_BACKEND={forced} cannot run on {device}: {row.why}")
+        return BackendInfo(forced, device, "forced by ENGINE_BACKEND")
+    best = next(row for row in rows if row.runs)
+    passed = "; ".join(f"{row.name}: {row.why}" for row in rows[: rows.index(best)])
+    if best.name == "reference":
+        why = passed or f"there are no compiled kernels for {device.type} yet"
+        warnings.warn(f"running on the slow reference backend ({why})", RuntimeWarning, stacklevel=3)
+        return BackendInfo("reference", device, why)
+    return BackendInfo(best.name, device, f"the best that runs here ({passed})" if passed else "the best there is")

@@ -1,0 +1,95 @@
+"""The ops as torch knows them: torch.ops.nibble.*, with shapes for torch.compile.
+
+A packed layer travels as its one buffer and the key of its Spec. Library.define and impl, not custom_op: 2 us less a
+call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.ops import cpu, reference
+from engine.ops.layout import PackedAwq, PackedLinear, Spec, parse, unpack, unpack_awq
+from engine.ops.reference import QuantizedAct
+
+_library = torch.library.Library("nibble", "DEF")
+_library.define("quantize_act(Tensor x, Tensor blob, str spec, str mode) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "linear(Tensor codes, Tensor scales, Tensor low_rank, Tensor blob, str spec, ScalarType out_dtype) -> Tensor"
+)
+_library.define("svdq_linear(Tensor x, Tensor blob, str spec, str mode) -> Tensor")
+_library.define("awq_linear(Tensor x, Tensor blob, str spec) -> Tensor")
+
+
+def _reference_quantize(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> QuantizedAct:
+    weight = unpack(PackedLinear(blob, spec, x.dtype))
+    return reference.quantize_act(x.reshape(-1, spec.k), weight.smooth, weight.lora_down, mode)
+
+
+def _reference_linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: torch.dtype) -> Tensor:
+    return reference.linear(act, unpack(PackedLinear(blob, spec, out_dtype))).to(out_dtype)
+
+
+def _quantize_act(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor, Tensor, Tensor]:
+    parsed = parse(spec)
+    run = _reference_quantize if parsed.backend == "reference" else cpu.quantize_act
+    return tuple(run(x, blob, parsed, mode))
+
+
+def _linear(
+    codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype
+) -> Tensor:
+    parsed = parse(spec)
+    run = _reference_linear if parsed.backend == "reference" else cpu.linear
+    return run(QuantizedAct(codes, scales, low_rank), blob, parsed, out_dtype)
+
+
+def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str) -> Tensor:
+    parsed = parse(spec)
+    if parsed.backend != "reference":
+        return cpu.svdq_linear(x, blob, parsed, mode)
+    act = _reference_quantize(x, blob, parsed, mode)
+    return _reference_linear(act, blob, parsed, x.dtype).view(*x.shape[:-1], parsed.n)
+
+
+def _awq_linear(x: Tensor, blob: Tensor, spec: str) -> Tensor:
+    parsed = parse(spec)
+    if parsed.backend != "reference":
+        return cpu.awq_linear(x, blob, parsed)
+    weight = unpack_awq(PackedAwq(blob, parsed, x.dtype))
+    return reference.awq_linear(x.reshape(-1, parsed.k), weight).to(x.dtype).view(*x.shape[:-1], parsed.n)
+
+
+for _name, _run in (
+    ("quantize_act", _quantize_act), ("linear", _linear), ("svdq_linear", _svdq_linear), ("awq_linear", _awq_linear)
+):  # fmt: skip
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _run, _key)
+
+
+@torch.library.register_fake("nibble::quantize_act", lib=_library)
+def _(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor, Tensor, Tensor]:
+    parsed = parse(spec)
+    m = x.numel() // parsed.k
+    scales = (m,) if mode == "int8" else (m, parsed.k // 64)
+    return (
+        x.new_empty((m, parsed.k), dtype=torch.int8),
+        x.new_empty(scales, dtype=torch.float32),
+        x.new_empty((m, parsed.rank), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("nibble::linear", lib=_library)
+def _(codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype) -> Tensor:
+    return codes.new_empty((codes.shape[0], parse(spec).n), dtype=out_dtype)
+
+
+@torch.library.register_fake("nibble::svdq_linear", lib=_library)
+def _(x: Tensor, blob: Tensor, spec: str, mode: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], parse(spec).n))
+
+
+@torch.library.register_fake("nibble::awq_linear", lib=_library)
+def _(x: Tensor, blob: Tensor, spec: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], parse(spec).n))
