@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 from zoo.scenes.captioning import Caption, Named, caption, captions, describe, vocabulary
+from zoo.scenes.lexicon import COLORS, MATERIALS, RELATIONS, SHAPES, SIZES
 from zoo.scenes.renderer import Rendered, geometry_maps, render, stream
 from zoo.scenes.scene import Scenes, sample
-from zoo.scenes.lexicon import COLORS, MATERIALS, RELATIONS, SHAPES, SIZES
 
 __all__ = [
     "COLORS",

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from zoo.scenes import geometry
-from zoo.scenes import lexicon
+from zoo.scenes import geometry, lexicon
 from zoo.scenes.scene import Scenes
 
 
@@ -27,7 +26,7 @@ class Named:
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """A caption and its meaning. `relations` holds (i, relation, j): objects[i] is left, right, front, behind of [j]."""
+    """A caption and its meaning. A relation (i, "left", j) says that objects[i] is left of objects[j]."""
 
     text: str
     objects: tuple[Named, ...]

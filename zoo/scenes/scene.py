@@ -12,8 +12,7 @@ import math
 import numpy as np
 import torch
 
-from zoo.scenes import geometry
-from zoo.scenes import lexicon
+from zoo.scenes import geometry, lexicon
 
 SPLITS = ("train", "test")
 MAX_OBJECTS = 3
@@ -154,9 +153,7 @@ def _looks(seed: int, split: str, index: np.ndarray, objects: dict[str, np.ndarr
     floor, wall, sky = choose(0, lexicon.FLOORS), choose(1, lexicon.WALLS), choose(2, lexicon.SKIES)
     azimuth = np.where(u[:, 4] < 0.5, -1, 1) * spread(5, 0.35, 1.25)  # from the left or the right, before the objects
     elevation = spread(6, 0.62, 1.02)
-    light = np.stack(
-        [np.sin(azimuth) * np.cos(elevation), np.sin(elevation), -np.cos(azimuth) * np.cos(elevation)], 1
-    )
+    light = np.stack([np.sin(azimuth) * np.cos(elevation), np.sin(elevation), -np.cos(azimuth) * np.cos(elevation)], 1)
     warmth = spread(7, -1, 1)
     light_rgb = np.stack([1 + 0.10 * warmth, np.ones(n), 1 - 0.14 * warmth], 1) * spread(8, 2.0, 2.6)[:, None]
     height = spread(9, 2.1, 2.9)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 
-def contact_sheet(images: torch.Tensor, texts: list[str] | None = None, columns: int = 8, cell: int = 256) -> Image.Image:
+def contact_sheet(images: torch.Tensor, texts: Sequence[str] = (), columns: int = 8, cell: int = 256) -> Image.Image:
     """A page of pictures (B, 3, H, W) uint8, `columns` wide, each `cell` pixels across, with its text below it."""
     strip = 56 if texts else 0
     rows = -(-len(images) // columns)
