@@ -1,0 +1,320 @@
+"""Quantized linears of the published layouts as pieces: W4A4 with a low-rank branch, and weight-only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import biases, packing
+from engine.checkpoint.packing import pad, round_up
+from engine.checkpoint.pieces import FLOAT16, FLOATS, FP8, Stored, Tensors, same_bits, take
+from engine.errors import CheckpointError
+
+__all__ = ["GROUPS", "NUNCHAKU_NAMES", "AwqPiece", "Part", "SvdqPiece"]
+
+GROUPS: Mapping[str, int] = {"int4": 64, "nvfp4": 16}
+NUNCHAKU_NAMES: Mapping[str, str] = {
+    "codes": "qweight",
+    "wscales": "wscales",
+    "wtscale": "wtscale",
+    "wcscales": "wcscales",
+    "bias": "bias",
+    "smooth": "smooth",
+    "smooth_orig": "smooth_orig",
+    "lora_down": "lora_down",
+    "lora_up": "lora_up",
+}
+Rows = slice | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One diffusers linear inside a stored one: its rows there, and whether the dense layer has a bias.
+
+    "maybe" is for a layer that has none, but whose stored bias counts when it is not zero.
+    """
+
+    name: str
+    rows: Rows
+    bias: Literal["yes", "no", "maybe"] = "yes"
+
+    @property
+    def n(self) -> int:
+        """Rows of this part."""
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else self.rows.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class SvdqPiece:
+    """A W4A4 linear of `n` rows over `k` inputs (before padding), holding one or more diffusers linears.
+
+    `used_k` is the width of the diffusers linears where that is less than k. `shifted` says that the stored bias
+    carries the GELU shift.
+    """
+
+    prefix: str
+    parts: tuple[Part, ...]
+    n: int
+    k: int
+    precision: str
+    rank: int
+    used_k: int = 0
+    shifted: bool = False
+    padded: bool = True
+    names: Mapping[str, str] = field(default_factory=lambda: NUNCHAKU_NAMES)
+
+    @property
+    def width(self) -> int:
+        """K of the diffusers linears."""
+        return self.used_k or self.k
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return GROUPS[self.precision]
+
+    def stored(self) -> dict[str, Stored]:
+        n, k = self._padded()
+        shapes = {
+            "codes": Stored((n, k // 2), (torch.int8,)),
+            "wscales": Stored((k // self.group, n), FP8 if self.precision == "nvfp4" else FLOAT16),
+            "smooth": Stored((k,), FLOAT16),
+            "bias": Stored((n,), FLOAT16, required=self._stores_bias()),
+        }
+        if "smooth_orig" in self.names:
+            shapes["smooth_orig"] = Stored((k,), FLOAT16, required=False)
+        if self.rank:
+            shapes |= {"lora_down": Stored((k, self.rank), FLOAT16), "lora_up": Stored((n, self.rank), FLOAT16)}
+        if self.precision == "nvfp4":
+            shapes |= {"wtscale": Stored((1,), FLOATS, required=False), "wcscales": Stored((n,), FLOAT16, required=False)}
+        return {self._name(part): stored for part, stored in shapes.items()}
+
+    def canonical(self) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        groups = -(-self.width // self.group)
+        for part in self.parts:
+            shapes[f"{part.name}.codes"] = (part.n, self.width // 2)
+            shapes[f"{part.name}.wscales"] = (part.n, groups)
+            shapes[f"{part.name}.smooth"] = (self.width,)
+            if self.rank:
+                shapes[f"{part.name}.lora_down"] = (self.rank, self.width)
+                shapes[f"{part.name}.lora_up"] = (part.n, self.rank)
+            if part.bias == "yes":
+                shapes[f"{part.name}.bias"] = (part.n,)
+        return shapes
+
+    def optional(self) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for part in self.parts:
+            shapes[f"{part.name}.smooth_orig"] = (self.width,)
+            if self.precision == "nvfp4":
+                shapes |= {f"{part.name}.wtscale": (1,), f"{part.name}.wcscales": (part.n,)}
+            if part.bias == "maybe":
+                shapes[f"{part.name}.bias"] = (part.n,)
+        return shapes
+
+    def decode(self, raw: Tensors) -> dict[str, Tensor]:
+        plain = self._plain(raw)
+        tensors: dict[str, Tensor] = {}
+        for part in self.parts:
+            for name in ("codes", "wscales", "lora_up", "wcscales", "bias"):
+                if name in plain:
+                    tensors[f"{part.name}.{name}"] = plain[name][part.rows]
+            for name in ("smooth", "smooth_orig", "lora_down", "wtscale"):
+                if name in plain:
+                    tensors[f"{part.name}.{name}"] = plain[name]
+            bias = tensors.get(f"{part.name}.bias")
+            if bias is not None and (part.bias == "no" or (part.bias == "maybe" and _is_zero(bias))):
+                del tensors[f"{part.name}.bias"]
+        return tensors
+
+    def encode(self, tensors: Tensors) -> dict[str, Tensor]:
+        n, k = self._padded()
+        groups = -(-self.width // self.group)
+        scales = self._stack(tensors, "wscales", (groups,), 1)
+        codes = pad(self._stack(tensors, "codes", (self.width // 2,), 0), (n, k // 2))
+        smooth = self._shared(tensors, "smooth", (self.width,))
+        kind = smooth.dtype
+        plain = {
+            "codes": packing.pack_codes(codes),
+            "wscales": self._pack_scales(pad(scales, (n, k // self.group), 1)),
+            "smooth": packing.pack_vector(pad(smooth, (k,), 1)),
+        }
+        if "smooth_orig" in self.names:
+            original = self._maybe_shared(tensors, "smooth_orig")
+            plain["smooth_orig"] = packing.pack_vector(pad(smooth if original is None else original, (k,), 1))
+        if self.rank:
+            down = self._shared(tensors, "lora_down", (self.rank, self.width))
+            plain["lora_down"] = packing.pack_lora_down(pad(down, (self.rank, k)))
+            plain["lora_up"] = packing.pack_lora_up(pad(self._stack(tensors, "lora_up", (self.rank,), 0), (n, self.rank)))
+        plain |= self._encode_factors(tensors, n, kind)
+        if self._stores_bias():
+            plain["bias"] = packing.pack_vector(pad(self._stored_bias(tensors).to(kind), (n,), 1))
+        return {self._name(part): value for part, value in plain.items()}
+
+    def _padded(self) -> tuple[int, int]:
+        return (round_up(self.n), round_up(self.k)) if self.padded else (self.n, self.k)
+
+    def _name(self, part: str) -> str:
+        return f"{self.prefix}.{self.names[part]}"
+
+    def _stores_bias(self) -> bool:
+        return self.padded or any(part.bias != "no" for part in self.parts)
+
+    def _plain(self, raw: Tensors) -> dict[str, Tensor]:
+        """Unpacked and cut to the rows and columns in use; the bias without the GELU shift."""
+        get = {part: raw[self._name(part)] for part in self.names if self._name(part) in raw}
+        n, width, groups = self.n, self.width, -(-self.width // self.group)
+        unpack_scales = packing.unpack_micro_scales if self.precision == "nvfp4" else packing.unpack_scales
+        plain = {
+            "codes": packing.unpack_codes(get["codes"])[:n, : width // 2],
+            "wscales": unpack_scales(get["wscales"])[:n, :groups],
+        }
+        for part, size in (("smooth", width), ("smooth_orig", width), ("wcscales", n), ("bias", n)):
+            if part in get:
+                plain[part] = packing.unpack_vector(get[part])[:size]
+        if "smooth_orig" in plain and same_bits(plain["smooth_orig"], plain["smooth"]):
+            del plain["smooth_orig"]
+        if "lora_down" in get:
+            plain["lora_down"] = packing.unpack_lora_down(get["lora_down"])[:, :width]
+            plain["lora_up"] = packing.unpack_lora_up(get["lora_up"])[:n]
+        if "wtscale" in get:
+            plain["wtscale"] = get["wtscale"]
+        if self.shifted and "bias" in plain:
+            shift = biases.shift_of(plain["codes"], plain["wscales"], plain["smooth"])
+            plain["bias"] = (plain["bias"].double() + shift).float()
+        return plain
+
+    def _pack_scales(self, scales: Tensor) -> Tensor:
+        return packing.pack_micro_scales(scales) if self.precision == "nvfp4" else packing.pack_scales(scales)
+
+    def _stored_bias(self, tensors: Tensors) -> Tensor:
+        whole = torch.zeros(self.n, dtype=torch.float64, device=tensors[f"{self.parts[0].name}.codes"].device)
+        for part in self.parts:
+            if f"{part.name}.bias" in tensors:
+                whole[part.rows] = take(tensors, f"{part.name}.bias", (part.n,)).double()
+        if self.shifted:
+            for part in self.parts:
+                start = part.name
+                whole[part.rows] -= biases.shift_of(
+                    tensors[f"{start}.codes"], tensors[f"{start}.wscales"], tensors[f"{start}.smooth"]
+                )
+        return whole
+
+    def _encode_factors(self, tensors: Tensors, n: int, kind: torch.dtype) -> dict[str, Tensor]:
+        """wtscale where the parts agree on one, wcscales where they do not or have their own."""
+        found = [tensors.get(f"{part.name}.wtscale") for part in self.parts]
+        factors: dict[str, Tensor] = {}
+        agree = all(f is not None and found[0] is not None and same_bits(f, found[0]) for f in found)
+        if agree and found[0] is not None:
+            factors["wtscale"] = found[0]
+        per_row = [tensors.get(f"{part.name}.wcscales") for part in self.parts]
+        if any(rows is not None for rows in per_row) or (not agree and any(f is not None for f in found)):
+            whole = torch.ones(n, device=tensors[f"{self.parts[0].name}.codes"].device)
+            for part, rows, factor in zip(self.parts, per_row, found, strict=True):
+                value = torch.ones(part.n, device=whole.device) if rows is None else rows.float()
+                whole[part.rows] = value if agree or factor is None else value * factor.float()
+            factors["wcscales"] = packing.pack_vector(whole.to(kind))
+        return factors
+
+    def _stack(self, tensors: Tensors, part: str, rest: tuple[int, ...], fill: float) -> Tensor:
+        """Put the parts' rows where they are stored; rows between them hold `fill`."""
+        found = [take(tensors, f"{p.name}.{part}", (p.n, *rest)) for p in self.parts]
+        if len(found) == 1 and self.parts[0].n == self.n:
+            return found[0]
+        whole = pad(found[0][:0], (self.n, *rest), fill)
+        raw = whole.view(torch.uint8) if whole.element_size() == 1 else whole
+        for p, rows in zip(self.parts, found, strict=True):
+            raw[p.rows] = rows.view(torch.uint8) if rows.element_size() == 1 else rows
+        return whole
+
+    def _maybe_shared(self, tensors: Tensors, part: str) -> Tensor | None:
+        found = [tensors.get(f"{p.name}.{part}") for p in self.parts]
+        first = found[0]
+        for p, other in zip(self.parts, found, strict=True):
+            if (first is None) != (other is None) or (first is not None and other is not None and not same_bits(first, other)):
+                raise CheckpointError(
+                    f"{p.name}.{part} differs from that of {self.parts[0].name}, but {self.prefix} stores one for both"
+                )
+        return first
+
+    def _shared(self, tensors: Tensors, part: str, shape: tuple[int, ...]) -> Tensor:
+        self._maybe_shared(tensors, part)
+        return take(tensors, f"{self.parts[0].name}.{part}", shape)
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    return not bool(tensor.contiguous().view(torch.uint8).any())
+
+
+@dataclass(frozen=True, eq=False)
+class AwqPiece:
+    """A weight-only linear (N, K). `chunks` > 1: stored rows interleave that many chunks and the bias carries +1."""
+
+    prefix: str
+    name: str
+    n: int
+    k: int
+    chunks: int = 1
+    bias: bool = True
+    group: int = 64
+
+    def stored(self) -> dict[str, Stored]:
+        groups = self.k // self.group
+        shapes = {
+            "qweight": Stored((self.n // 4, self.k // 2), (torch.int32,)),
+            "wscales": Stored((groups, self.n), FLOAT16, at_least=True),
+            "wzeros": Stored((groups, self.n), FLOAT16, at_least=True),
+        }
+        if self.bias:
+            shapes["bias"] = Stored((self.n,), FLOAT16)
+        return {f"{self.prefix}.{part}": stored for part, stored in shapes.items()}
+
+    def canonical(self) -> dict[str, tuple[int, ...]]:
+        groups = self.k // self.group
+        shapes = {"codes": (self.n, self.k // 2), "scales": (self.n, groups), "zeros": (self.n, groups)}
+        if self.bias:
+            shapes["bias"] = (self.n,)
+        return {f"{self.name}.{part}": shape for part, shape in shapes.items()}
+
+    def optional(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def decode(self, raw: Tensors) -> dict[str, Tensor]:
+        groups = self.k // self.group
+        plain = {"codes": packing.unpack_awq_codes(raw[f"{self.prefix}.qweight"], self.chunks)}
+        for part, source in (("scales", "wscales"), ("zeros", "wzeros")):
+            plain[part] = self._by_chunk(raw[f"{self.prefix}.{source}"][:groups].T)
+        if self.bias:
+            bias = self._by_chunk(raw[f"{self.prefix}.bias"])
+            plain["bias"] = biases.subtract_one(bias, self.chunks).float() if self.chunks > 1 else bias
+        return {f"{self.name}.{part}": value for part, value in plain.items()}
+
+    def encode(self, tensors: Tensors) -> dict[str, Tensor]:
+        get = {part: take(tensors, f"{self.name}.{part}", shape) for part, shape in self._shapes().items()}
+        plain = {
+            "qweight": packing.pack_awq_codes(get["codes"], self.chunks),
+            "wscales": self._interleave(get["scales"]).T.contiguous(),
+            "wzeros": self._interleave(get["zeros"]).T.contiguous(),
+        }
+        if self.bias:
+            bias = biases.add_one(get["bias"], self.chunks) if self.chunks > 1 else get["bias"]
+            plain["bias"] = self._interleave(bias).to(get["scales"].dtype).contiguous()
+        return {f"{self.prefix}.{part}": value for part, value in plain.items()}
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name.rpartition(".")[2]: shape for name, shape in self.canonical().items()}
+
+    def _by_chunk(self, rows: Tensor) -> Tensor:
+        if self.chunks == 1:
+            return rows.contiguous()
+        return rows.reshape(self.n // self.chunks, self.chunks, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+
+    def _interleave(self, rows: Tensor) -> Tensor:
+        if self.chunks == 1:
+            return rows
+        return rows.reshape(self.chunks, self.n // self.chunks, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
