@@ -74,6 +74,12 @@ void pack_tile(const Linear& p, const Tile& tile) {
   }
 }
 
+// dot += weights (unsigned) * four codes (signed) broadcast from memory. As assembly: given the intrinsic, GCC 12 loads
+// the codes apart from the product, and the registers this takes push the fp32 sums onto the stack (a quarter slower).
+inline void add_products(__m512i& dot, __m512i weights, const int32_t& codes) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(dot) : "v"(weights), "m"(codes));
+}
+
 template <int Rows, bool PerGroup>
 void multiply(const Linear& p, const Tile& tile, int64_t panel) {
   const Weight& w = *p.w;
@@ -88,12 +94,13 @@ void multiply(const Linear& p, const Tile& tile, int64_t panel) {
   for (int64_t g = 0; g < groups; ++g) {
     __m512i dot[Rows];
     for (int i = 0; i < Rows; ++i) dot[i] = _mm512_set1_epi32(tile.sums[g * Rows + i]);
+#pragma GCC unroll 8
     for (int b = 0; b < 8; ++b, codes += 64, act += 2 * Rows) {
       const __m512i both = _mm512_loadu_si512(codes);
       const __m512i lo = _mm512_and_si512(both, low_nibbles);
       const __m512i hi = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_nibbles);
-      for (int i = 0; i < Rows; ++i) dot[i] = _mm512_dpbusd_epi32(dot[i], lo, _mm512_set1_epi32(act[i]));
-      for (int i = 0; i < Rows; ++i) dot[i] = _mm512_dpbusd_epi32(dot[i], hi, _mm512_set1_epi32(act[Rows + i]));
+      for (int i = 0; i < Rows; ++i) add_products(dot[i], lo, act[i]);
+      for (int i = 0; i < Rows; ++i) add_products(dot[i], hi, act[Rows + i]);
     }
     const __m512 scale = load16_as(w.scale_dtype, scales, g * kPanel);
     for (int i = 0; i < Rows; ++i) {
