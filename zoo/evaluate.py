@@ -203,9 +203,8 @@ def write(out: Path, rows: Sequence[Row], captions: Sequence[scenes.Caption], pr
     }
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     held = probe.report.get("held_out", {})
-    note = ", ".join(
-        f"{key} {100 * held[key]:.1f} %" for key in ("recall", "precision", "shape", "color") if key in held
-    )
+    keys = [key for key in ("recall", "precision", "shape", "color", "relations") if key in held]
+    note = ", ".join(f"{key} {100 * held[key]:.1f} %" for key in keys)
     text = f"# {settings['model']}\n\n{len(captions)} held-out captions on {settings['device_name']}. "
     text += f"The probe on held-out renders: {note}.\n\n" if note else "\n\n"
     (out / "RESULTS.md").write_text(text + table(rows))

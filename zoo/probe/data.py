@@ -33,11 +33,17 @@ class Pool:
         return Pool(**{name: values[rows] for name, values in fields.items()}, attributes=attributes)
 
 
-def build_pool(batch: scenes.Scenes, device: torch.device | str, compile: bool = False, size: int = 256,
-               progress: Callable[[int], object] = lambda count: None) -> Pool:  # fmt: skip
+def build_pool(
+    batch: scenes.Scenes,
+    device: torch.device | str,
+    compile: bool = False,
+    size: int = 256,
+    oversample: int = 2,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Pool:
     """Render scenes and note what each object shows; `progress` hears how many pictures are done since last told."""
     images, seen = [], []
-    for part in scenes.stream(batch, size, device, compile=compile):
+    for part in scenes.stream(batch, size, device, oversample, compile):
         images.append(part.image)
         seen.append(_visible(part.mask))
         progress(len(part.image))

@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fill(options: argparse.Namespace, until: float, progress) -> Pool:
     """Render the training pool in parts, and stop early when its share of the time is used."""
-    parts, part = [], max(64, min(4096, options.pool // 8))
+    parts, part = [], max(16, min(4096, options.pool // 8))
     for first in range(0, options.pool, part):
         batch = scenes.sample(min(part, options.pool - first), options.seed, "train", start=first)
         parts.append(build_pool(batch, options.device, options.compile, progress=progress))

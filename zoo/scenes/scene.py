@@ -83,10 +83,13 @@ def sample(n: int, seed: int, split: str = "train", start: int = 0) -> Scenes:
     return scenes
 
 
-def _uniform(seed: int, split: str, index: np.ndarray, stream: int, attempt: int, width: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), (len(index), width), by the SplitMix64 finaliser."""
+def _uniform(
+    seed: int, split: str, index: np.ndarray, stream: int, attempt: int | np.ndarray, width: int
+) -> np.ndarray:
+    """Uniform numbers in [0, 1), (len(index), width), by the SplitMix64 finaliser; `attempt` may differ by scene."""
     state = np.full((len(index), 1), seed & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
-    for part in (SPLITS.index(split), stream, attempt, index[:, None], np.arange(width)[None]):
+    tried = np.asarray(attempt).reshape(-1, 1)
+    for part in (SPLITS.index(split), stream, tried, index[:, None], np.arange(width)[None]):
         step = np.atleast_1d(np.asarray(part, dtype=np.uint64)) + np.uint64(1)
         state = _mix(state + step * np.uint64(0x9E3779B97F4A7C15))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -191,20 +194,23 @@ def _tensor(values: np.ndarray) -> torch.Tensor:
 
 def _place(scenes: Scenes) -> None:
     """Fill `position` and `yaw`: draw places until nothing touches, leaves the picture, hides or is ambiguous."""
-    left = np.arange(len(scenes))
-    for attempt in range(20000):
-        if not len(left):
-            return
-        part = scenes[torch.from_numpy(left)]
-        _draw_places(part, attempt)
-        good = geometry.is_clear(part, MIN_VISIBLE).numpy()
-        done = torch.from_numpy(left[good])
-        scenes.position[done], scenes.yaw[done] = part.position[good], part.yaw[good]
-        left = left[~good]
-    raise RuntimeError(f"no clear arrangement was found for {len(left)} scenes")
+    left, attempt = np.arange(len(scenes)), 0
+    while len(left):
+        # A few hard scenes are left at the end: try many arrangements of each at once and keep the first clear one.
+        tries = max(1, min(64, 1024 // len(left)))
+        part = scenes[torch.from_numpy(np.repeat(left, tries))]
+        _draw_places(part, np.tile(np.arange(attempt, attempt + tries), len(left)))
+        good = geometry.is_clear(part, MIN_VISIBLE).numpy().reshape(-1, tries)
+        solved = good.any(1)
+        first = torch.from_numpy((np.arange(len(left)) * tries + good.argmax(1))[solved])
+        done = torch.from_numpy(left[solved])
+        scenes.position[done], scenes.yaw[done] = part.position[first], part.yaw[first]
+        left, attempt = left[~solved], attempt + tries
+        if attempt > 100_000:
+            raise RuntimeError(f"no clear arrangement was found for {len(left)} scenes")
 
 
-def _draw_places(part: Scenes, attempt: int) -> None:
+def _draw_places(part: Scenes, attempt: np.ndarray) -> None:
     u = _uniform(part.seed, part.split, part.index.numpy(), _PLACES, attempt, 16)
     n, count = len(part), part.count.numpy()
     # Three objects: one each in the left, middle and right, or large ones would hardly ever fit.
