@@ -18,10 +18,11 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 
-__all__ = ["INDEX_NAME", "TensorFiles", "check_keys", "write_shards"]
+__all__ = ["INDEX_NAME", "TensorFiles", "all_finite", "check_keys", "replacing", "write_shards"]
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_NAMED = 5
+_CHUNK = 2**21
 
 
 class TensorFiles:
@@ -43,7 +44,9 @@ class TensorFiles:
     def __enter__(self) -> TensorFiles:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -68,6 +71,10 @@ class TensorFiles:
         """Shape of a tensor, read from the header alone."""
         return tuple(self._where[name].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor as the header spells it, for example "BF16"."""
+        return str(self._where[name].get_slice(name).get_dtype())
+
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._where:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
@@ -90,14 +97,22 @@ def check_keys(path: str | Path, found: Iterable[str], expected: Iterable[str]) 
     )
 
 
-def write_shards(folder: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], max_bytes: int) -> None:
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a float tensor holds neither NaN nor infinity; looks at a few MB at a time."""
+    parts = tensor.reshape(-1).split(_CHUNK)
+    return all(bool((part.float() if part.element_size() == 1 else part).isfinite().all()) for part in parts)
+
+
+def write_shards(
+    folder: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], max_bytes: int
+) -> None:
     """Write `tensors` into `folder` as shards of at most `max_bytes` each plus an index.
 
     A new folder is filled beside the old one and takes its place at the end, so a reader never sees half of it.
     """
     folder = Path(folder)
     shards = _split(tensors, max_bytes)
-    with _replacing(folder) as partial:
+    with replacing(folder) as partial:
         where: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -122,7 +137,8 @@ def _split(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `folder` when the block ends well, and vanishes otherwise."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -147,13 +163,17 @@ def _files(path: Path) -> list[Path]:
             raise CheckpointError(f"{path}: expected a folder with .safetensors files, found none")
         return files
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder; check the path, or make it with python -m engine.quantize")
+        raise CheckpointError(
+            f"{path}: no such file or folder; check the path, or make it with python -m engine.quantize"
+        )
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: expected a .safetensors file (no other kind is ever loaded), got {path.suffix!r}")
+        raise CheckpointError(
+            f"{path}: expected a .safetensors file (no other kind is ever loaded), got {path.suffix!r}"
+        )
     return [path]
 
 
-def _open(file: Path, device: str):  # noqa: ANN202 - safe_open has no public type
+def _open(file: Path, device: str):
     try:
         return safe_open(file, framework="pt", device=device).__enter__()
     except (SafetensorError, OSError) as error:
@@ -169,4 +189,6 @@ def _check_index(path: Path, where: Mapping[str, object]) -> None:
     listed = json.loads(index.read_text())["weight_map"]
     lost = sorted({file for name, file in listed.items() if name not in where})
     if lost:
-        raise CheckpointError(f"{path}: {lost[0]} is listed in {INDEX_NAME} but its tensors are not there; fetch it again")
+        raise CheckpointError(
+            f"{path}: {lost[0]} is listed in {INDEX_NAME} but its tensors are not there; fetch it again"
+        )

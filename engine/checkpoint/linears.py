@@ -1,4 +1,4 @@
-"""Quantized linears of the published layouts as pieces: W4A4 with a low-rank branch, and weight-only."""
+"""W4A4 linears with a low-rank branch as pieces of the published layouts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.checkpoint.packing import pad, round_up
 from engine.checkpoint.pieces import FLOAT16, FLOATS, FP8, Stored, Tensors, same_bits, take
 from engine.errors import CheckpointError
 
-__all__ = ["GROUPS", "NUNCHAKU_NAMES", "AwqPiece", "Part", "SvdqPiece"]
+__all__ = ["GROUPS", "NUNCHAKU_NAMES", "Part", "SvdqPiece"]
 
 GROUPS: Mapping[str, int] = {"int4": 64, "nvfp4": 16}
 NUNCHAKU_NAMES: Mapping[str, str] = {
@@ -53,7 +53,7 @@ class SvdqPiece:
     """A W4A4 linear of `n` rows over `k` inputs (before padding), holding one or more diffusers linears.
 
     `used_k` is the width of the diffusers linears where that is less than k. `shifted` says that the stored bias
-    carries the GELU shift.
+    carries the GELU shift. `stored_rank` is the stored low-rank size where zeros fill it up from `rank`.
     """
 
     prefix: str
@@ -65,6 +65,7 @@ class SvdqPiece:
     used_k: int = 0
     shifted: bool = False
     padded: bool = True
+    stored_rank: int = 0
     names: Mapping[str, str] = field(default_factory=lambda: NUNCHAKU_NAMES)
 
     @property
@@ -87,10 +88,13 @@ class SvdqPiece:
         }
         if "smooth_orig" in self.names:
             shapes["smooth_orig"] = Stored((k,), FLOAT16, required=False)
-        if self.rank:
-            shapes |= {"lora_down": Stored((k, self.rank), FLOAT16), "lora_up": Stored((n, self.rank), FLOAT16)}
+        if rank := self.stored_rank or self.rank:
+            shapes |= {"lora_down": Stored((k, rank), FLOAT16), "lora_up": Stored((n, rank), FLOAT16)}
         if self.precision == "nvfp4":
-            shapes |= {"wtscale": Stored((1,), FLOATS, required=False), "wcscales": Stored((n,), FLOAT16, required=False)}
+            shapes |= {
+                "wtscale": Stored((1,), FLOATS, required=False),
+                "wcscales": Stored((n,), FLOAT16, required=False),
+            }
         return {self._name(part): stored for part, stored in shapes.items()}
 
     def canonical(self) -> dict[str, tuple[int, ...]]:
@@ -148,9 +152,13 @@ class SvdqPiece:
             original = self._maybe_shared(tensors, "smooth_orig")
             plain["smooth_orig"] = packing.pack_vector(pad(smooth if original is None else original, (k,), 1))
         if self.rank:
-            down = self._shared(tensors, "lora_down", (self.rank, self.width))
-            plain["lora_down"] = packing.pack_lora_down(pad(down, (self.rank, k)))
-            plain["lora_up"] = packing.pack_lora_up(pad(self._stack(tensors, "lora_up", (self.rank,), 0), (n, self.rank)))
+            down, up = (
+                self._shared(tensors, "lora_down", (self.rank, self.width)),
+                self._stack(tensors, "lora_up", (self.rank,), 0),
+            )
+            rank = self.stored_rank or self.rank
+            plain["lora_down"] = packing.pack_lora_down(pad(down, (rank, k)))
+            plain["lora_up"] = packing.pack_lora_up(pad(up, (n, rank)))
         plain |= self._encode_factors(tensors, n, kind)
         if self._stores_bias():
             plain["bias"] = packing.pack_vector(pad(self._stored_bias(tensors).to(kind), (n,), 1))
@@ -180,8 +188,8 @@ class SvdqPiece:
         if "smooth_orig" in plain and same_bits(plain["smooth_orig"], plain["smooth"]):
             del plain["smooth_orig"]
         if "lora_down" in get:
-            plain["lora_down"] = packing.unpack_lora_down(get["lora_down"])[:, :width]
-            plain["lora_up"] = packing.unpack_lora_up(get["lora_up"])[:n]
+            plain["lora_down"] = packing.unpack_lora_down(get["lora_down"])[: self.rank, :width]
+            plain["lora_up"] = packing.unpack_lora_up(get["lora_up"])[:n, : self.rank]
         if "wtscale" in get:
             plain["wtscale"] = get["wtscale"]
         if self.shifted and "bias" in plain:
@@ -236,7 +244,9 @@ class SvdqPiece:
         found = [tensors.get(f"{p.name}.{part}") for p in self.parts]
         first = found[0]
         for p, other in zip(self.parts, found, strict=True):
-            if (first is None) != (other is None) or (first is not None and other is not None and not same_bits(first, other)):
+            if (first is None) != (other is None) or (
+                first is not None and other is not None and not same_bits(first, other)
+            ):
                 raise CheckpointError(
                     f"{p.name}.{part} differs from that of {self.parts[0].name}, but {self.prefix} stores one for both"
                 )
@@ -249,72 +259,3 @@ class SvdqPiece:
 
 def _is_zero(tensor: Tensor) -> bool:
     return not bool(tensor.contiguous().view(torch.uint8).any())
-
-
-@dataclass(frozen=True, eq=False)
-class AwqPiece:
-    """A weight-only linear (N, K). `chunks` > 1: stored rows interleave that many chunks and the bias carries +1."""
-
-    prefix: str
-    name: str
-    n: int
-    k: int
-    chunks: int = 1
-    bias: bool = True
-    group: int = 64
-
-    def stored(self) -> dict[str, Stored]:
-        groups = self.k // self.group
-        shapes = {
-            "qweight": Stored((self.n // 4, self.k // 2), (torch.int32,)),
-            "wscales": Stored((groups, self.n), FLOAT16, at_least=True),
-            "wzeros": Stored((groups, self.n), FLOAT16, at_least=True),
-        }
-        if self.bias:
-            shapes["bias"] = Stored((self.n,), FLOAT16)
-        return {f"{self.prefix}.{part}": stored for part, stored in shapes.items()}
-
-    def canonical(self) -> dict[str, tuple[int, ...]]:
-        groups = self.k // self.group
-        shapes = {"codes": (self.n, self.k // 2), "scales": (self.n, groups), "zeros": (self.n, groups)}
-        if self.bias:
-            shapes["bias"] = (self.n,)
-        return {f"{self.name}.{part}": shape for part, shape in shapes.items()}
-
-    def optional(self) -> dict[str, tuple[int, ...]]:
-        return {}
-
-    def decode(self, raw: Tensors) -> dict[str, Tensor]:
-        groups = self.k // self.group
-        plain = {"codes": packing.unpack_awq_codes(raw[f"{self.prefix}.qweight"], self.chunks)}
-        for part, source in (("scales", "wscales"), ("zeros", "wzeros")):
-            plain[part] = self._by_chunk(raw[f"{self.prefix}.{source}"][:groups].T)
-        if self.bias:
-            bias = self._by_chunk(raw[f"{self.prefix}.bias"])
-            plain["bias"] = biases.subtract_one(bias, self.chunks).float() if self.chunks > 1 else bias
-        return {f"{self.name}.{part}": value for part, value in plain.items()}
-
-    def encode(self, tensors: Tensors) -> dict[str, Tensor]:
-        get = {part: take(tensors, f"{self.name}.{part}", shape) for part, shape in self._shapes().items()}
-        plain = {
-            "qweight": packing.pack_awq_codes(get["codes"], self.chunks),
-            "wscales": self._interleave(get["scales"]).T.contiguous(),
-            "wzeros": self._interleave(get["zeros"]).T.contiguous(),
-        }
-        if self.bias:
-            bias = biases.add_one(get["bias"], self.chunks) if self.chunks > 1 else get["bias"]
-            plain["bias"] = self._interleave(bias).to(get["scales"].dtype).contiguous()
-        return {f"{self.prefix}.{part}": value for part, value in plain.items()}
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name.rpartition(".")[2]: shape for name, shape in self.canonical().items()}
-
-    def _by_chunk(self, rows: Tensor) -> Tensor:
-        if self.chunks == 1:
-            return rows.contiguous()
-        return rows.reshape(self.n // self.chunks, self.chunks, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
-
-    def _interleave(self, rows: Tensor) -> Tensor:
-        if self.chunks == 1:
-            return rows
-        return rows.reshape(self.chunks, self.n // self.chunks, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.checkpoint.linears import AwqPiece, Part, SvdqPiece
+from engine.checkpoint.awq import AwqPiece
+from engine.checkpoint.linears import Part, SvdqPiece
 from engine.checkpoint.pieces import Copy, Piece
 
 __all__ = ["BLOCKS", "dense_pieces", "pieces"]

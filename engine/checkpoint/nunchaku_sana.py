@@ -166,7 +166,10 @@ class DepthConv:
         start = f"{self.block}.ff.depth_conv"
         rows = _glu_rows(self.hidden).to(raw[f"{start}.bias"].device)
         weight = raw[f"{start}.weight"][rows].permute(0, 3, 1, 2).contiguous()
-        return {f"{self.block}.ff.conv_depth.weight": weight, f"{self.block}.ff.conv_depth.bias": raw[f"{start}.bias"][rows]}
+        return {
+            f"{self.block}.ff.conv_depth.weight": weight,
+            f"{self.block}.ff.conv_depth.bias": raw[f"{start}.bias"][rows],
+        }
 
     def encode(self, tensors: Tensors) -> dict[str, Tensor]:
         stored = {}

@@ -22,7 +22,11 @@ def nibbles(codes: Tensor) -> Tensor:
 
 
 def same(left: Tensor, right: Tensor) -> bool:
-    return left.dtype == right.dtype and left.shape == right.shape and left.view(torch.uint8).equal(right.view(torch.uint8))
+    return (
+        left.dtype == right.dtype
+        and left.shape == right.shape
+        and left.view(torch.uint8).equal(right.view(torch.uint8))
+    )
 
 
 def plain(file: str, case: str) -> dict[str, Tensor]:

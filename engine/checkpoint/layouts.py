@@ -1,0 +1,97 @@
+"""Tell the checkpoint layouts apart by what is in them, and open any of them as canonical tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from engine.checkpoint import nunchaku, nunchaku_lite, t5
+from engine.checkpoint.files import TensorFiles
+from engine.checkpoint.quantization import FORMAT, read_quantization
+from engine.checkpoint.source import Source
+from engine.errors import CheckpointError
+
+__all__ = ["Layout", "detect", "open_checkpoint"]
+
+Kind = Literal["canonical", "nunchaku", "nunchaku_folder", "nunchaku_lite", "t5_awq"]
+# A stored name that only this model has in nunchaku's layout.
+_MARKS = {
+    ".attn.qkv_proj.qweight": "SanaTransformer2DModel",
+    ".qkv_proj.qweight": "FluxTransformer2DModel",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a path holds: the layout, and the diffusers or transformers class of the model."""
+
+    kind: Kind
+    model_class: str
+
+
+def detect(path: str | Path) -> Layout:
+    """Which layout and model `path` holds, by its tensors and metadata rather than its name.
+
+    Raises CheckpointError when it is none that is known, or no whole safetensors file.
+    """
+    with TensorFiles(path) as files:
+        return _detect(files)
+
+
+def open_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Source:
+    """Open a 4-bit checkpoint of any known layout; tensors come under their canonical names, on `device`.
+
+    Close it when done. Raises CheckpointError as `detect` does, and when names, shapes or dtypes are wrong.
+    """
+    files = TensorFiles(path, device)
+    try:
+        layout = _detect(files)
+        if layout.kind == "canonical":
+            return files
+        if layout.kind == "nunchaku_lite":
+            return nunchaku_lite.open_source(files)
+        if layout.kind == "t5_awq":
+            return t5.open_source(files)
+        return nunchaku.open_source(files, layout.model_class)
+    except BaseException:
+        files.close()
+        raise
+
+
+def _detect(files: TensorFiles) -> Layout:
+    if files.metadata.get("format") == FORMAT:
+        return Layout("canonical", read_quantization(files).model_class)
+    config = nunchaku_lite.read_config(files.path)
+    if config is not None:
+        return Layout("nunchaku_lite", str(config.get("_class_name", "")))
+    names = list(files)
+    for mark, model_class in _MARKS.items():
+        if any(name.endswith(mark) for name in names):
+            _refuse_half(files)
+            return Layout("nunchaku_folder" if files.path.is_dir() else "nunchaku", model_class)
+    if any(name.startswith("encoder.block.") and name.endswith(".qweight") for name in names):
+        return Layout("t5_awq", "T5EncoderModel")
+    raise CheckpointError(f"{files.path}: {_other(files, names)}")
+
+
+def _refuse_half(files: TensorFiles) -> None:
+    """One file of the legacy pair was given instead of their folder."""
+    if files.path.is_file() and "config" not in files.metadata and files.path.name == nunchaku.LEGACY_BLOCKS:
+        raise CheckpointError(f"{files.path}: half of a two-file checkpoint; give the folder that holds both files")
+
+
+def _other(files: TensorFiles, names: list[str]) -> str:
+    """Say what the file is instead."""
+    named = files.metadata.get("model_class")
+    if named and any(name.endswith(".qweight") for name in names):
+        return f"a 4-bit checkpoint of {json.dumps(named)}, which is not among the models read here (FLUX.1, SANA, T5)"
+    if any(".lora_A." in name or ".lora_down.weight" in name for name in names):
+        return "a LoRA, not a checkpoint; open it with engine.lora"
+    return (
+        f"expected a 4-bit checkpoint (metadata format={FORMAT!r}, nunchaku's, nunchaku_lite's or T5's tensors);"
+        " 16-bit weights are loaded with --precision bf16"
+    )
