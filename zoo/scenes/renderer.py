@@ -73,7 +73,10 @@ def stream(
 
 
 def geometry_maps(scenes: Scenes, size: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
-    """Depth (B, H, W), mask (B, H, W) int8 and outward normals (B, 3, H, W) in the world's axes, at pixel centres."""
+    """Depth (B, H, W), mask (B, H, W) int8 and outward normals (B, 3, H, W) in the world's axes, at pixel centres.
+
+    The sky's normal points at the viewer, as a wall's does.
+    """
     w = shade.world(scenes, device)
     depth, slot, normal = _centres(w, *_grid(size, 0.0, 0.0, torch.device(device)))
     n = len(scenes)
@@ -131,7 +134,8 @@ def _centres(w: shade.World, right: torch.Tensor, up: torch.Tensor) -> tuple[tor
     on_object = (hit.slot >= 0) & (hit.distance < behind)
     on_floor, sky = floor < wall, behind >= SKY_DEPTH
     zero = torch.zeros_like(depth)
-    flat = (zero, torch.where(on_floor & ~sky, 1.0, zero), torch.where(on_floor | sky, zero, -1.0))
+    upright = sky | ~on_floor  # the wall, and the sky, which is given the normal of a wall
+    flat = (zero, torch.where(upright, zero, 1.0), torch.where(upright, -1.0, zero))
     normal = torch.stack([torch.where(on_object, a, b) for a, b in zip(hit.normal, flat, strict=True)], 1)
     return depth.clamp(max=SKY_DEPTH), torch.where(on_object, hit.slot, -1).to(torch.int8), normal
 
