@@ -1,0 +1,181 @@
+"""Stage: flow matching. The FLUX transformer, the CLIP and the T5 encoder learn together, from scratch.
+
+The texts take the path FluxPipeline.encode_prompt gives them: padded to fixed lengths, no attention mask, T5's last
+states as the sequence, CLIP's state at the end token as the pooled vector.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from zoo.train import flow
+from zoo.train.captions import LABELS
+from zoo.train.dist import World
+from zoo.train.graph import autocast, compiled
+from zoo.train.log import Log, Meter
+from zoo.train.models import Parts
+from zoo.train.optim import Clock, Ema, FlatModel
+from zoo.train.pool import Pool
+
+
+class Text(nn.Module):
+    """Both text encoders, and heads that name the objects of the picture from what they understood.
+
+    The heads are a training aid and are not exported: they give the encoders a direct reason to bind colour to shape
+    before the transformer can use it.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.clip, self.t5 = parts.text_encoder, parts.text_encoder_2
+        self.from_clip = nn.Linear(self.clip.config.hidden_size, LABELS)
+        self.from_t5 = nn.Linear(2 * self.t5.config.d_model, LABELS)
+
+    def forward(self, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 77) and (B, L) ids to states (B, L, d_model) and pooled (B, hidden)."""
+        return self.t5(input_ids=t5_ids)[0], self.clip(input_ids=clip_ids).pooler_output
+
+    def label_loss(
+        self, states: torch.Tensor, pooled: torch.Tensor, t5_ids: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Binary cross-entropy of both heads; rows of empty prompts do not count. labels (B, 128)."""
+        real = (t5_ids != 0).unsqueeze(-1)
+        mean = (states * real).sum(1) / real.sum(1).clamp(min=1)
+        top = states.masked_fill(~real, -1e4).amax(1)
+        heads = self.from_clip(pooled).float(), self.from_t5(torch.cat([mean, top], 1)).float()
+        said = (t5_ids[:, 1] != 0).float().unsqueeze(1)  # an empty prompt is its end token and padding
+        losses = [F.binary_cross_entropy_with_logits(head, labels.float(), reduction="none") * said for head in heads]
+        return sum(loss.mean() for loss in losses)
+
+
+class Joint(nn.Module):
+    """Everything that trains in this stage."""
+
+    def __init__(self, parts: Parts, latent_size: int) -> None:
+        super().__init__()
+        self.transformer, self.text = parts.transformer, Text(parts)
+        self.register_buffer("image_ids", flow.image_ids(latent_size, latent_size), persistent=False)
+
+    def velocity(self, x: torch.Tensor, sigmas: torch.Tensor, states: torch.Tensor, pooled: torch.Tensor,
+                 guidance: torch.Tensor, transformer: nn.Module | None = None) -> torch.Tensor:  # fmt: skip
+        """The prediction of this or another transformer. x (B, N, 64), sigmas and guidance (B,) -> (B, N, 64)."""
+        return (transformer or self.transformer)(
+            hidden_states=x, timestep=sigmas, guidance=guidance, pooled_projections=pooled,
+            encoder_hidden_states=states, img_ids=self.image_ids,
+            txt_ids=torch.zeros(states.shape[1], 3, device=x.device), return_dict=False,
+        )[0]  # fmt: skip
+
+
+def blocks(transformer: nn.Module) -> list[nn.Module]:
+    """What is worth compiling: the repeated blocks, two kinds, each compiled once whatever their number."""
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+class Batches:
+    """Draws training batches of one process from its pool."""
+
+    def __init__(self, pool: Pool, size: int, empty: tuple[torch.Tensor, torch.Tensor], world: World, seed: int,
+                 drop: float) -> None:  # fmt: skip
+        self.pool, self.size, self.drop = pool, size, drop
+        self.empty = [ids.to(world.device) for ids in empty]  # ids of the empty prompt: (77,), (L,)
+        self.generator = torch.Generator(world.device).manual_seed(seed * 1000 + world.rank)
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        g, device = self.generator, self.generator.device
+        rows = torch.randint(len(self.pool), (self.size,), generator=g, device=device)
+        clip_ids, t5_ids = self.pool.captions(rows, g)
+        dropped = torch.rand(self.size, 1, generator=g, device=device) < self.drop
+        x0 = self.pool.latents(rows, g)
+        noise = torch.randn(x0.shape, generator=g, device=device)
+        return {
+            "x0": x0, "noise": noise, "labels": self.pool.labels[rows],
+            "clip": torch.where(dropped, self.empty[0], clip_ids), "t5": torch.where(dropped, self.empty[1], t5_ids),
+        }  # fmt: skip
+
+
+def train(joint: Joint, pool: Pool, valid: Pool, empty: tuple, config: dict, world: World, log: Log, deadline: float,
+          seed: int, save: Callable[[], None], max_steps: int | None = None) -> None:  # fmt: skip
+    """Train in place until `deadline`; the modules end up holding the averaged weights.
+
+    `save` is called in the chief every `config["save_seconds"]` with the averaged weights in place.
+    """
+    joint.train()
+    model = FlatModel(joint, world, lr=config["lr"], betas=tuple(config["betas"]), weight_decay=config["weight_decay"])
+    ema, clock = (
+        Ema(model, config["ema_exponent"]),
+        Clock(world, deadline, warmup=config["warmup"], max_steps=max_steps),
+    )
+    draw = Batches(pool, config["batch"], empty, world, seed, config["drop"])
+    meter = meter_for(log, "flow", joint, pool, config["batch"], world, passes=3.0)
+    ones = torch.ones(config["batch"], device=world.device)
+
+    def work() -> dict[str, torch.Tensor]:
+        b = draw()
+        sigmas = flow.sample_sigmas(config["batch"], config["mu"], draw.generator)
+        x, target = flow.interpolate(b["x0"], b["noise"], sigmas)
+        with autocast(world):
+            states, pooled = joint.text(b["clip"], b["t5"])
+            loss = flow.velocity_loss(joint.velocity(x, sigmas, states, pooled, ones), target)
+            text = joint.text.label_loss(states, pooled, b["t5"], b["labels"])
+        (loss + config["text_weight"] * (1.0 - clock.progress) * text).backward()
+        return {"loss": loss.detach(), "text": text.detach()}
+
+    save_every = Every(config["save_seconds"])
+    with compiled(blocks(joint.transformer), config["compile"]) as attempt:
+        running = True
+        while running:
+            model.zero_grad()
+            terms = attempt(work, model.zero_grad)
+            norm = model.step(clock.factor)
+            ema.update()
+            meter.add(**terms, norm=norm)
+            running = clock.tick()
+            meter.report(force=not running, lr=round(config["lr"] * clock.factor, 7), progress=round(clock.progress, 3))
+            if world.chief and running and save_every():
+                with ema.swapped():
+                    log("flow", valid=validate(joint, valid, config, world))
+                    save()
+    model.flat.copy_(ema.flat)
+    model.broadcast()
+    joint.eval()
+    if world.chief:
+        log("flow", valid=validate(joint, valid, config, world))
+
+
+class Every:
+    """True once `seconds` have passed since it last was; calls are cheap."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.last = seconds, time.time()
+
+    def __call__(self) -> bool:
+        if time.time() - self.last < self.seconds:
+            return False
+        self.last = time.time()
+        return True
+
+
+def meter_for(log: Log, stage: str, joint: Joint, pool: Pool, batch: int, world: World, passes: float) -> Meter:
+    tokens, length = pool.mean.shape[1], pool.t5.shape[2]
+    flops = passes * flow.transformer_flops(dict(joint.transformer.config), tokens, length)
+    return Meter(log, stage, batch * world.size, flops, world.device.type, world.size)
+
+
+@torch.no_grad()
+def validate(joint: Joint, valid: Pool, config: dict, world: World) -> float:
+    """Loss on held-out pictures and captions, with the same noise and noise levels each time."""
+    rows = torch.arange(min(len(valid), config["batch"]), device=world.device)
+    g = torch.Generator(world.device).manual_seed(1)
+    clip_ids, t5_ids = valid.captions(rows, g)
+    x0 = valid.latents(rows, g)
+    sigmas = (torch.arange(len(rows), device=world.device) + 0.5) / len(rows)
+    x, target = flow.interpolate(x0, torch.randn(x0.shape, generator=g, device=world.device), sigmas)
+    with torch.compiler.set_stance("force_eager"), autocast(world):  # not worth compiling for one batch
+        states, pooled = joint.text(clip_ids, t5_ids)
+        v = joint.velocity(x, sigmas, states, pooled, torch.ones_like(sigmas))
+    return round(float(flow.velocity_loss(v, target)), 5)

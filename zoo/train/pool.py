@@ -1,0 +1,108 @@
+"""The training pictures of one process, in device memory: rendered once, encoded once, drawn from at random."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+
+from zoo import scenes
+from zoo.train.captions import LABELS, Workers
+from zoo.train.dist import World
+from zoo.train.log import Log
+from zoo.train.vocab import CLIP_LENGTH
+
+
+@dataclasses.dataclass
+class Pool:
+    """P pictures. `images` and `depth` go once `mean` and `std` (packed latents) are there."""
+
+    images: torch.Tensor | None  # (P, 3, S, S) uint8
+    depth: torch.Tensor | None  # (Q, S, S) uint8 of the first Q <= P pictures: white near, black far
+    clip: torch.Tensor  # (P, C, 77) int16, C captions a picture
+    t5: torch.Tensor  # (P, C, L) int16
+    labels: torch.Tensor  # (P, 128) uint8
+    mean: torch.Tensor | None = None  # (P, N, D) bfloat16 posterior mean, packed, scaled as the pipeline scales
+    std: torch.Tensor | None = None  # (P, N, D) bfloat16
+
+    def __len__(self) -> int:
+        return len(self.clip)
+
+    def captions(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """A caption of each row, drawn anew: CLIP ids (B, 77), T5 ids (B, L), int64."""
+        column = torch.randint(self.clip.shape[1], rows.shape, generator=generator, device=rows.device)
+        return self.clip[rows, column].long(), self.t5[rows, column].long()
+
+    def latents(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """A draw from each row's posterior: (B, N, D) float32."""
+        mean = self.mean[rows].float()
+        return mean + self.std[rows].float() * torch.randn(mean.shape, generator=generator, device=mean.device)
+
+
+def depth_picture(depth: torch.Tensor) -> torch.Tensor:
+    """Metres (B, S, S) to grey uint8, white at 3 m and black from 18 m on, linear in inverse depth."""
+    near, far = 1 / 3, 1 / 18
+    return (((1 / depth.clamp(min=1e-3) - far) / (near - far)).clamp(0, 1) * 255).to(torch.uint8)
+
+
+def build(config: dict, world: World, log: Log, deadline: float, workers: Workers) -> Pool:
+    """Render the scenes that `workers` draw until `deadline`; at least one chunk is made.
+
+    The texts come from the worker processes, which end here; the pictures are drawn here on the world's device.
+    """
+    length, captions, size = config["length"], config["captions"], config["size"]
+    count, chunk = workers.chunks, workers.chunk
+    total, kept_depth = count * chunk, min(config["depth"], count * chunk)
+    make = lambda *shape, kind: torch.zeros(*shape, dtype=kind, device=world.device)  # noqa: E731
+    pool = Pool(
+        images=make(total, 3, size, size, kind=torch.uint8), depth=make(kept_depth, size, size, kind=torch.uint8),
+        clip=make(total, captions, CLIP_LENGTH, kind=torch.int16), t5=make(total, captions, length, kind=torch.int16),
+        labels=make(total, LABELS, kind=torch.uint8),
+    )  # fmt: skip
+    try:
+        filled = _fill(pool, workers, config, world, log, deadline)
+    finally:
+        workers.close()
+    for field in dataclasses.fields(Pool):
+        value = getattr(pool, field.name)
+        if value is not None:
+            setattr(pool, field.name, value[:filled])
+    return pool
+
+
+def _fill(pool: Pool, workers: Workers, config: dict, world: World, log: Log, deadline: float) -> int:
+    began, said, filled, count = time.time(), time.time(), 0, workers.chunks
+    for index in range(count):
+        # The first chunk is worth waiting for: without it there is nothing to train on.
+        chunked = workers.take(index, deadline if filled else deadline + 120)
+        if chunked is None:
+            break
+        part, tensors = chunked
+        _draw(pool, part, tensors, filled, config, world)
+        filled += len(part)
+        if world.cuda:
+            torch.cuda.synchronize()
+        if time.time() - said > 5 or index == count - 1:
+            said = time.time()
+            log("render", split=workers.split, pictures=filled, pic_s=round(filled / (said - began), 1))
+        if time.time() > deadline:
+            break
+    if not filled:
+        raise RuntimeError("no pictures were rendered before the deadline; give the render stage more minutes")
+    return filled
+
+
+def _draw(pool: Pool, part: scenes.Scenes, tensors: dict, filled: int, config: dict, world: World) -> None:
+    rows = slice(filled, filled + len(part))
+    for name in ("clip", "t5", "labels"):
+        getattr(pool, name)[rows] = tensors[name].to(world.device, non_blocking=True)
+    at = filled
+    drawn_parts = scenes.stream(part, size=config["size"], device=world.device, oversample=config["oversample"],
+                                       compile=config["compile"] and world.cuda)  # fmt: skip
+    for drawn in drawn_parts:
+        pool.images[at : at + len(drawn.image)] = drawn.image
+        room = len(pool.depth) - at
+        if room > 0:
+            pool.depth[at : at + len(drawn.image)] = depth_picture(drawn.depth[:room])
+        at += len(drawn.image)
