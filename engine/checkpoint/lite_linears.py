@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.linears import GROUPS, Part, SvdqPiece
-from engine.checkpoint.pieces import Stored, Tensors, same_bits, take
+from engine.checkpoint.pieces import FLOATS, Stored, Tensors, same_bits, take
 from engine.errors import CheckpointError
 
-__all__ = ["LITE_NAMES", "LiteSvdqPiece", "ProjOutPiece"]
+__all__ = ["LITE_NAMES", "DenseProjOutPiece", "LiteSvdqPiece", "ProjOutPiece"]
 
 LITE_NAMES: Mapping[str, str] = {
     "codes": "qweight",
@@ -28,7 +28,7 @@ LITE_NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True, eq=False)
 class LiteSvdqPiece(SvdqPiece):
-    """As SvdqPiece, except that nvfp4 layers always carry both wtscale and wcscales, ones where there is nothing to say."""
+    """As SvdqPiece, except that nvfp4 layers always carry both wtscale and wcscales, ones if need be."""
 
     def stored(self) -> dict[str, Stored]:
         shapes = super().stored()
@@ -164,8 +164,44 @@ class ProjOutPiece:
                 continue
             if halves[0] is None or halves[1] is None or not same_bits(halves[0], halves[1]):
                 raise CheckpointError(
-                    f"{self.prefix}: its attention and MLP halves have different {part}, which nunchaku_lite, where they are"
-                    " one linear, cannot hold; NVFP4 FLUX checkpoints stay in nunchaku's layout"
+                    f"{self.prefix}: its attention and MLP halves have different {part}, which nunchaku_lite cannot hold,"
+                    " since they are one linear there; NVFP4 FLUX checkpoints stay in nunchaku's layout"
                 )
             found[part] = halves[0]
         return found
+
+
+@dataclass(frozen=True)
+class DenseProjOutPiece:
+    """`proj_out` of a FLUX single block kept in 16 bits: split by columns in the canonical form, whole here."""
+
+    prefix: str
+    width: int
+
+    def stored(self) -> dict[str, Stored]:
+        return {
+            f"{self.prefix}.weight": Stored((self.width, 5 * self.width), FLOATS),
+            f"{self.prefix}.bias": Stored((self.width,), FLOATS),
+        }
+
+    def canonical(self) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{self.prefix}.attn.weight": (self.width, self.width),
+            f"{self.prefix}.mlp.weight": (self.width, 4 * self.width),
+            f"{self.prefix}.mlp.bias": (self.width,),
+        }
+
+    def optional(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def decode(self, raw: Tensors) -> dict[str, Tensor]:
+        weight = raw[f"{self.prefix}.weight"]
+        return {
+            f"{self.prefix}.attn.weight": weight[:, : self.width],
+            f"{self.prefix}.mlp.weight": weight[:, self.width :],
+            f"{self.prefix}.mlp.bias": raw[f"{self.prefix}.bias"],
+        }
+
+    def encode(self, tensors: Tensors) -> dict[str, Tensor]:
+        attn, mlp, bias = (take(tensors, name, shape) for name, shape in self.canonical().items())
+        return {f"{self.prefix}.weight": torch.cat((attn, mlp), 1), f"{self.prefix}.bias": bias}

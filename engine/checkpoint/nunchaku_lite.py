@@ -17,7 +17,7 @@ from engine.checkpoint import exact
 from engine.checkpoint.awq import AwqPiece
 from engine.checkpoint.files import TensorFiles
 from engine.checkpoint.linears import GROUPS, Part, SvdqPiece
-from engine.checkpoint.lite_linears import LITE_NAMES, LiteSvdqPiece, ProjOutPiece
+from engine.checkpoint.lite_linears import LITE_NAMES, DenseProjOutPiece, LiteSvdqPiece, ProjOutPiece
 from engine.checkpoint.pieces import Copy, Piece
 from engine.checkpoint.quantization import RECORDS, Quantization
 from engine.checkpoint.source import PublishedSource, Source
@@ -29,6 +29,7 @@ METHOD = "nunchaku_lite"
 FILE = "diffusion_pytorch_model.safetensors"
 # Written by us alone: the low-rank size before proj_out's two branches were put side by side.
 RANK_KEY = "nibble_rank"
+_FLUX = "FluxTransformer2DModel"
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -83,6 +84,10 @@ def pieces_for(source: Source, details: Quantization) -> list[Piece]:
     for name in sorted(split):
         width = source.shape(f"{name}.attn.codes")[0]
         layers.append(ProjOutPiece(name, width, details.weight, details.rank, 2 * details.rank))
+    for name in sorted(name.removesuffix(".attn.weight") for name in source if name.endswith(".proj_out.attn.weight")):
+        piece = DenseProjOutPiece(name, source.shape(f"{name}.attn.weight")[0])
+        layers.append(piece)
+        covered |= piece.canonical().keys()
     for name in sorted(set(source) - covered):
         if not name.startswith(RECORDS) and ".pag_to_v." not in name:
             layers.append(Copy(name, name, source.shape(name)))
@@ -109,7 +114,7 @@ def config_of(details: Quantization, layers: Sequence[Piece], dtype: torch.dtype
 def _lite(name: str, n: int, k: int, bias: bool, precision: str, rank: int, stored_rank: int) -> LiteSvdqPiece:
     if n % 128 or k % 128:
         raise CheckpointError(
-            f"{name}: {n} outputs and {k} inputs are not multiples of 128, which nunchaku_lite needs since it does not pad"
+            f"{name}: {n} outputs and {k} inputs are not multiples of 128, but nunchaku_lite does not pad"
         )
     part = Part(name, slice(0, n), "yes" if bias else "no")
     return LiteSvdqPiece(name, (part,), n, k, precision, rank, padded=False, stored_rank=stored_rank, names=LITE_NAMES)
@@ -133,13 +138,19 @@ def _read_pieces(
             raise CheckpointError(f"{files.path}: {name} is listed as 4-bit, but {weight} is missing or not a matrix")
         if name in _targets(awq):
             piece: Piece = AwqPiece(name, name, shape[0] * 4, shape[1] * 2, bias=f"{name}.bias" in files)
-        elif model_class == "FluxTransformer2DModel" and name.startswith("single_") and name.endswith(".proj_out"):
+        elif model_class == _FLUX and name.startswith("single_") and name.endswith(".proj_out"):
             piece = ProjOutPiece(name, shape[0], precision, rank, stored_rank)
         else:
             piece = _lite(name, shape[0], shape[1] * 2, f"{name}.bias" in files, precision, rank, stored_rank)
         layers.append(piece)
         covered |= piece.stored().keys()
-    layers += [Copy(name, name, files.shape(name)) for name in files if name not in covered]
+    for name in sorted(set(files) - covered):
+        module, _, kind = name.rpartition(".")
+        if model_class == _FLUX and module.startswith("single_") and module.endswith(".proj_out"):
+            if kind == "weight":
+                layers.append(DenseProjOutPiece(module, files.shape(name)[0]))
+        else:
+            layers.append(Copy(name, name, files.shape(name)))
     return layers
 
 
@@ -180,7 +191,9 @@ def _own_rank(files: TensorFiles, stored_rank: int) -> int:
 def _kept(files: TensorFiles) -> tuple[str, ...]:
     """Linears inside the blocks that stay in 16 bits."""
     inside = (name for name in files if name.endswith(".weight") and "transformer_blocks." in name)
-    return tuple(sorted(name.removesuffix(".weight") for name in inside if len(files.shape(name)) == 2))
+    names = sorted(name.removesuffix(".weight") for name in inside if len(files.shape(name)) == 2)
+    # In the canonical form a FLUX single block's proj_out is two linears.
+    return tuple(f"{name}.*" if name.startswith("single_") and name.endswith(".proj_out") else name for name in names)
 
 
 def _share(files: TensorFiles, svdq: Mapping[str, Any]) -> bool:

@@ -120,7 +120,7 @@ class PublishedSource:
         return raw
 
     def decode(self, piece: Piece, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Canonical tensors of a piece from its stored ones, with exact values from the metadata where there are any."""
+        """Canonical tensors of a piece from its stored ones, with exact values from the metadata."""
         tensors = piece.decode(raw)
         for name in self._exact.keys() & tensors.keys():
             exact = self._exact[name].to(tensors[name].device)

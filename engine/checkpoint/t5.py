@@ -38,8 +38,8 @@ def open_source(files: TensorFiles) -> PublishedSource:
         for name, shape in shapes.items()
         if name.endswith(".qweight")
     }
-    own = tuple(f"{name}.{part}" for name in linears for part in ("qweight", "scales", "scaled_zeros"))
-    others = {name: shape for name, shape in shapes.items() if name not in set(own)}
+    own = {f"{name}.{part}" for name in linears for part in ("qweight", "scales", "scaled_zeros")}
+    others = {name: shape for name, shape in shapes.items() if name not in own}
     details = Quantization(MODEL_CLASS, config, "awq-int4", GROUP, 0)
     return PublishedSource(files, _pieces(linears, others), details.metadata())
 

@@ -100,8 +100,8 @@ def _canonical(source: Source, tell: Progress) -> Iterator[tuple[str, Tensor]]:
 def _write_nunchaku(source: Source, details: Quantization, target: Path, tell: Progress) -> None:
     if details.keep:
         raise CheckpointError(
-            f"{source.path}: keeps linears in 16 bits ({', '.join(details.keep[:3])}), which nunchaku's layout cannot hold;"
-            " write nunchaku_lite, or quantize without --keep"
+            f"{source.path}: keeps linears in 16 bits ({', '.join(details.keep[:3])}), which nunchaku's layout cannot"
+            " hold; write nunchaku_lite, or quantize without --keep"
         )
     layers = nunchaku.pieces_for(details.model_class, details.config, details.weight, details.rank, list(source))
     _refuse_leftovers(source, layers)

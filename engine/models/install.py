@@ -1,11 +1,11 @@
-"""Put quantized linears into a model: from a canonical checkpoint, or as they come out of the quantizer."""
+"""Put quantized linears into a model: from a checkpoint of any layout, or as they come out of the quantizer."""
 
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,15 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from engine import ops
-from engine.checkpoint.files import TensorFiles, check_keys
+from engine.checkpoint.files import all_finite, check_keys
+from engine.checkpoint.layouts import open_checkpoint
+from engine.checkpoint.quantization import FORMAT, RECORDS, Quantization, read_quantization
+from engine.checkpoint.source import Source
 from engine.errors import CheckpointError
 from engine.linear import Activation, AWQLinear, SVDQuantLinear
 from engine.models.plan import AWQ_TENSORS, SVDQ_TENSORS, LinearGroup, get_linear, replace_module
 
-__all__ = ["FORMAT", "Family", "Quantization", "concatenate_rows", "expected_keys", "install", "is_kept", "load_quantized", "read_quantization"]
+__all__ = [
+    "FORMAT",
+    "Family",
+    "Quantization",
+    "concatenate_rows",
+    "expected_keys",
+    "install",
+    "is_kept",
+    "load_quantized",
+    "read_quantization",
+]
 
-FORMAT = "nibble-canonical"
 _16BIT = (torch.bfloat16, torch.float16)
+_FACTORS = ("wtscale", "wcscales")
 
 
 class Family(Protocol):
@@ -32,55 +45,6 @@ class Family(Protocol):
     def prepare(self, model: Any) -> Any: ...
     def plan(self, model: Any) -> list[LinearGroup]: ...
     def use_fused_qkv(self, model: Any) -> None: ...
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """What a checkpoint's metadata says of how it was made."""
-
-    model_class: str
-    config: Mapping[str, Any]
-    weight: str
-    group_size: int
-    rank: int
-    keep: tuple[str, ...] = ()
-
-    def metadata(self) -> dict[str, str]:
-        """Safetensors metadata that `read_quantization` reads back."""
-        details = {
-            "method": "svdquant",
-            "weight": {"dtype": self.weight, "group_size": self.group_size},
-            "rank": self.rank,
-            "keep_16bit": list(self.keep),
-        }
-        return {
-            "format": FORMAT,
-            "model_class": self.model_class,
-            "config": json.dumps(dict(self.config), sort_keys=True),
-            "quantization_config": json.dumps(details, sort_keys=True),
-        }
-
-
-def read_quantization(files: TensorFiles) -> Quantization:
-    """Read the metadata of a canonical checkpoint; raises CheckpointError when it is of another kind."""
-    data = files.metadata
-    if data.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{files.path}: expected a 4-bit checkpoint with metadata format={FORMAT!r}, got {data.get('format')!r};"
-            " 16-bit weights are loaded with --precision bf16"
-        )
-    try:
-        details = json.loads(data["quantization_config"])
-        return Quantization(
-            model_class=data["model_class"],
-            config=json.loads(data["config"]),
-            weight=details["weight"]["dtype"],
-            group_size=details["weight"]["group_size"],
-            rank=details["rank"],
-            keep=tuple(details.get("keep_16bit", ())),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{files.path}: its metadata is incomplete or damaged ({error!r})") from error
 
 
 def expected_keys(model: nn.Module, groups: Iterable[LinearGroup], quantization: Quantization) -> set[str]:
@@ -96,6 +60,15 @@ def expected_keys(model: nn.Module, groups: Iterable[LinearGroup], quantization:
     return keys
 
 
+def optional_keys(groups: Iterable[LinearGroup], found: Iterable[str]) -> set[str]:
+    """Those of `found` that a checkpoint may hold: scale factors of NVFP4, and what only serves to write it again."""
+    keys = {name for name in found if name.startswith(RECORDS) or ".pag_to_v." in name}
+    for group in groups:
+        for name in group.names:
+            keys.update(f"{name}.{part}" for part in (*_FACTORS, "bias", "smooth_orig"))
+    return keys
+
+
 def load_quantized(
     path: str | Path,
     model_class: type[nn.Module],
@@ -107,18 +80,21 @@ def load_quantized(
     dtype: torch.dtype = torch.bfloat16,
     progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
-    """Build a model with 4-bit linears from a canonical checkpoint; tensors stream one group at a time.
+    """Build a model with 4-bit linears from a checkpoint of any layout; tensors stream one group at a time.
 
     Raises CheckpointError when the file is damaged, of another model, or its keys or shapes differ.
     """
-    with TensorFiles(path, device) as files:
+    with closing(open_checkpoint(path, device)) as files:
         quantization = read_quantization(files)
         if quantization.model_class != family.MODEL_CLASS:
             raise CheckpointError(f"{path}: made for {quantization.model_class}, expected {family.MODEL_CLASS}")
         with torch.device("meta"):
             model = family.prepare(model_class.from_config(dict(quantization.config)))  # pyright: ignore
         groups = [group for group in family.plan(model) if not is_kept(group, quantization.keep)]
-        check_keys(path, files, expected_keys(model, groups, quantization))
+        if not quantization.shared_inputs:
+            groups = [replace(group, fused=None) for group in groups]
+        required = expected_keys(model, groups, quantization)
+        check_keys(path, set(files) - (optional_keys(groups, files) - required), required)
         for done, group in enumerate(groups, start=1):
             layers = {name: _read_layer(files, model, group, name, quantization) for name in group.names}
             install(model, group, layers, backend=backend, activation=activation, dtype=dtype)
@@ -193,38 +169,49 @@ def is_kept(group: LinearGroup, keep: Iterable[str]) -> bool:
 def _parts(group: LinearGroup, quantization: Quantization) -> tuple[str, ...]:
     if group.kind == "awq":
         return AWQ_TENSORS
-    branch = ("lora_down", "lora_up") if quantization.rank else ()
-    tensor_scale = ("wtscale",) if quantization.weight == "nvfp4" else ()
-    return (*SVDQ_TENSORS, *branch, *tensor_scale)
+    return (*SVDQ_TENSORS, *(("lora_down", "lora_up") if quantization.rank else ()))
 
 
-def _read_layer(
-    files: TensorFiles, model: nn.Module, group: LinearGroup, name: str, quantization: Quantization
-) -> Layer:
+def _read_layer(files: Source, model: nn.Module, group: LinearGroup, name: str, quantization: Quantization) -> Layer:
     linear = get_linear(model, name)
     n, k, rank, size = linear.out_features, linear.in_features, quantization.rank, quantization.group_size
     shapes: dict[str, tuple[int, ...]] = {"codes": (n, k // 2), "bias": (n,)}
     if group.kind == "awq":
         shapes |= {"scales": (n, k // 64), "zeros": (n, k // 64)}
     else:
-        shapes |= {"wscales": (n, k // size), "smooth": (k,), "lora_down": (rank, k), "lora_up": (n, rank), "wtscale": (1,)}
-    names = [*_parts(group, quantization), *(["bias"] if linear.bias is not None else [])]
+        shapes |= {"wscales": (n, -(-k // size)), "smooth": (k,), "wtscale": (1,), "wcscales": (n,)}
+        shapes |= {"lora_down": (rank, k), "lora_up": (n, rank)}
+    names = [*_parts(group, quantization), *(part for part in (*_FACTORS, "bias") if f"{name}.{part}" in files)]
     tensors = {part: _read(files, f"{name}.{part}", shapes[part]) for part in names}
     if group.kind == "awq":
         return ops.AwqWeight(**tensors)
-    return ops.CanonicalLinear(**tensors)
+    return ops.CanonicalLinear(**_widen(tensors, -k % 64))
 
 
-def _read(files: TensorFiles, name: str, shape: tuple[int, ...]) -> Tensor:
+def _widen(tensors: dict[str, Tensor], columns: int) -> dict[str, Tensor]:
+    """Add `columns` inputs that count for nothing, where K is no multiple of 64 (SANA's feed-forward)."""
+    if not columns:
+        return tensors
+    wide = {"codes": (columns // 2, 0), "smooth": (columns, 1), "lora_down": (columns, 0)}
+    return tensors | {
+        part: nn.functional.pad(tensors[part], (0, more), value=value)
+        for part, (more, value) in wide.items()
+        if part in tensors
+    }
+
+
+def _read(files: Source, name: str, shape: tuple[int, ...]) -> Tensor:
     if files.shape(name) != shape:
         raise CheckpointError(f"{files.path}: {name} has shape {files.shape(name)}, expected {shape}")
     tensor = files[name]
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-        raise CheckpointError(f"{files.path}: {name} holds NaN or infinity; the file is damaged: fetch or make it again")
+    if tensor.is_floating_point() and not all_finite(tensor):
+        raise CheckpointError(
+            f"{files.path}: {name} holds NaN or infinity; the file is damaged: fetch or make it again"
+        )
     return tensor
 
 
-def _load_rest(model: nn.Module, files: TensorFiles, dtype: torch.dtype) -> None:
+def _load_rest(model: nn.Module, files: Source, dtype: torch.dtype) -> None:
     """Fill every remaining parameter, still on the meta device, from the file."""
     rest = {}
     for name, parameter in model.state_dict().items():

@@ -129,7 +129,7 @@ def test_sana_holds_what_is_expected():
 
 
 def test_gelu_shift_is_taken_out_up_to_what_rounding_hid():
-    """The stored shift was summed over the unrounded residual, ours over the codes: they differ by quantization error."""
+    """The stored shift was summed over the unrounded residual, ours over the codes: quantization lies between."""
     found, expected = read(FLUX), vectors("flux_tiny_int4_expected")
     for module, prefix in (("ff.net.2", "mlp_fc2"), ("ff_context.net.2", "mlp_context_fc2")):
         bias = found[f"transformer_blocks.0.{module}.bias"]
