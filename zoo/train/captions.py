@@ -22,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from zoo import scenes
 from zoo.train import vocab, words
 
-_NEUTRAL = """about again almost alone also always another because before begin between child city clock coffee cow
-dance deer dinner eagle early earth evening family friend guitar happy horse kitchen knife letter lion machine music nice
-ocean owl people piano queen rabbit river sister sleep song spring station story summer tiger today together train
-turtle umbrella valley village water weather week winter wolf woman year young zebra""".split()  # noqa: SIM905
+_NEUTRAL = """
+about again almost alone also always another because before begin between child city clock coffee cow dance
+deer dinner eagle early earth evening family friend guitar happy horse kitchen knife letter lion machine music
+nice ocean owl people piano queen rabbit river sister sleep song spring station story summer tiger today
+together train turtle umbrella valley village water weather week winter wolf woman year young zebra
+""".split()  # noqa: SIM905
 LABELS = 128  # (shape, colour, size) and (shape, colour, material), 64 each
 
 
@@ -97,8 +99,8 @@ class Workers:
         for old in self.folder.glob("*.safetensors"):
             old.unlink()
         base = [sys.executable, "-m", "zoo.train.captions", "--chunk", chunk, "--seed", seed, "--split", split,
-                "--start", start, "--captions", captions, "--length", length, "--tokenizers", tokenizers, "--out", folder,
-                "--chunks", chunks, "--step", processes]  # fmt: skip
+                "--start", start, "--captions", captions, "--length", length, "--tokenizers", tokenizers,
+                "--out", folder, "--chunks", chunks, "--step", processes]  # fmt: skip
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.running = [
             subprocess.Popen([str(part) for part in [*base, "--first", first]], env=env)

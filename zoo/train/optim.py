@@ -30,7 +30,7 @@ def _view(flat: torch.Tensor, offset: int, like: torch.Tensor, channels_last: bo
 class FlatModel:
     """Moves a module's trainable parameters and their gradients into flat buffers and steps AdamW on them.
 
-    Weight decay acts on matrices and convolutions only. All processes must hold the same values; `broadcast` sees to it.
+    Weight decay acts on matrices and convolutions only. `broadcast` gives all processes the same values.
     """
 
     def __init__(self, module: nn.Module, world: World, *, lr: float, betas=(0.9, 0.98), weight_decay=0.01, clip=1.0,

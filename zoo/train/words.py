@@ -11,7 +11,8 @@ OPENERS = (
     "a photo of", "a picture of", "an image of", "a render of", "a 3d render of", "a rendering of", "a photograph of",
     "photo of", "picture of", "render of", "please paint", "please draw", "draw", "paint", "show me", "create",
     "generate", "i want to see", "can you make", "imagine", "a scene with", "there is", "here we see",
-    "an illustration of", "a beautiful photo of", "a simple picture of", "a close-up of", "a realistic image of", "a cgi image of",
+    "an illustration of",
+    "a beautiful photo of", "a simple picture of", "a close-up of", "a realistic image of", "a cgi image of",
 )  # fmt: skip
 
 # Said after it.
