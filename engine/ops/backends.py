@@ -57,7 +57,7 @@ def cpu_kernels() -> ModuleType:
 
 @lru_cache(maxsize=16)
 def isa_index(name: str) -> int:
-    """Number by which the compiled CPU module knows instruction set `name`. Raises BackendError if it cannot run here."""
+    """The compiled module's number for instruction set `name`. Raises BackendError if that cannot run here."""
     for index, (known, runs, why) in enumerate(cpu_kernels().instruction_sets()):
         if known == name:
             if not runs:

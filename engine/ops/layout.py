@@ -7,13 +7,14 @@ compiled CPU backend: 16 outputs side by side, in the order in which the inner l
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from engine.errors import ArgumentError
+from engine.ops.backends import NAMES
 from engine.ops.canonical import AwqWeight, CanonicalLinear, join_nibbles, split_nibbles
 
 __all__ = ["PackedAwq", "PackedLinear", "Section", "Spec", "pack", "pack_awq", "parse", "unpack", "unpack_awq"]
@@ -56,11 +57,12 @@ class Spec:
     k: int
     rank: int
     dtypes: tuple[str, ...]
+    key: str = field(init=False, compare=False)  # svdq/avx512/3072/3072/32/u8,bf16,bf16,bf16,bf16,bf16,-,-
 
-    @cached_property
-    def key(self) -> str:
-        """For example svdq/avx512/3072/3072/32/u8,bf16,bf16,bf16,bf16,bf16,-,-."""
-        return f"{self.family}/{self.backend}/{self.n}/{self.k}/{self.rank}/{','.join(self.dtypes)}"
+    def __post_init__(self) -> None:
+        # Not a cached_property: torch.compile cannot trace the lock that those hold before Python 3.12.
+        key = f"{self.family}/{self.backend}/{self.n}/{self.k}/{self.rank}/{','.join(self.dtypes)}"
+        object.__setattr__(self, "key", key)
 
     @cached_property
     def tiling(self) -> str:
@@ -193,7 +195,7 @@ def unpack(packed: PackedLinear) -> CanonicalLinear:
     for name in ("smooth", "bias"):
         if name in spec.dtype_of:
             tensors[name] = parts[name].of(blob).flatten()[: spec.k if name == "smooth" else spec.n]
-    return CanonicalLinear(**{name: t.to(spec.dtype_of[name], copy=True) for name, t in tensors.items()})
+    return CanonicalLinear(**{name: _own(t, spec.dtype_of[name]) for name, t in tensors.items()})
 
 
 def pack_awq(weight: AwqWeight, backend: str, dtype: torch.dtype = torch.bfloat16) -> PackedAwq:
@@ -221,14 +223,10 @@ def unpack_awq(packed: PackedAwq) -> AwqWeight:
     tensors["codes"] = join_nibbles(_untile_codes(parts["codes"].of(blob), spec.n))
     if "bias" in spec.dtype_of:
         tensors["bias"] = parts["bias"].of(blob).flatten()[: spec.n]
-    return AwqWeight(**{name: t.to(spec.dtype_of[name], copy=True) for name, t in tensors.items()})
+    return AwqWeight(**{name: _own(t, spec.dtype_of[name]) for name, t in tensors.items()})
 
 
-def _spec_of(
-    family: str, weight: CanonicalLinear | AwqWeight, backend: str, dtype: torch.dtype, rank: int
-) -> Spec:
-    from engine.ops.backends import NAMES
-
+def _spec_of(family: str, weight: CanonicalLinear | AwqWeight, backend: str, dtype: torch.dtype, rank: int) -> Spec:
     if backend not in NAMES:
         raise ArgumentError(f"backend: expected one of {', '.join(NAMES)}, got {backend!r}")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -270,6 +268,10 @@ def _panel16(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 
 def _empty(spec: Spec, device: torch.device) -> Tensor:
     return torch.zeros(spec.nbytes, dtype=torch.uint8, device=device)
+
+
+def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _tile_rows(rows: Tensor) -> Tensor:

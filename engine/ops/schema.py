@@ -37,9 +37,7 @@ def _quantize_act(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor
     return tuple(run(x, blob, parsed, mode))
 
 
-def _linear(
-    codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype
-) -> Tensor:
+def _linear(codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype) -> Tensor:
     parsed = parse(spec)
     run = _reference_linear if parsed.backend == "reference" else cpu.linear
     return run(QuantizedAct(codes, scales, low_rank), blob, parsed, out_dtype)

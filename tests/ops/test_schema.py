@@ -1,0 +1,46 @@
+"""The ops as torch sees them: shapes without data, and compilation of a whole graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine import ops
+from tests.ops.cases import Case, random_awq, random_linear, tokens
+
+CASE = Case(6, 40, 128, 16)
+
+
+def arguments(name: str, backend: str) -> tuple:
+    x = tokens(CASE, torch.bfloat16)
+    packed, awq = ops.pack(random_linear(CASE), backend), ops.pack_awq(random_awq(CASE), backend)
+    act = ops.quantize_act(x, packed, "int4")
+    return {
+        "quantize_act": (x, packed.blob, packed.spec.key, "int4"),
+        "linear": (*act, packed.blob, packed.spec.key, torch.float16),
+        "svdq_linear": (x.view(2, 3, 128), packed.blob, packed.spec.key, "int8"),
+        "awq_linear": (x.view(2, 3, 128), awq.blob, awq.spec.key),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["quantize_act", "linear", "svdq_linear", "awq_linear"])
+def test_schema_and_fake_agree_with_the_kernel(backend: str, name: str):
+    torch.library.opcheck(
+        getattr(torch.ops.nibble, name).default,
+        arguments(name, backend),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_whole_graph_compiles(backend: str):
+    packed, awq = ops.pack(random_linear(CASE), backend), ops.pack_awq(random_awq(Case(1, 128, 128, 0)), backend)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.nn.functional.gelu(ops.awq_linear(x, awq))
+        act = ops.quantize_act(hidden, packed, "uint4")
+        return ops.linear(act, packed) + ops.svdq_linear(hidden, packed, "int8")
+
+    x = tokens(CASE, torch.bfloat16)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), layer(x))
