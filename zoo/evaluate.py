@@ -53,12 +53,30 @@ class Row:
     verdicts: list[dict[str, Any]]
 
 
-class EngineGenerator:
-    """Pictures by an Engine. A precision is `bf16`, `int4` ..., or with its activations `int4@w4a4`."""
+def model_spec(model: str) -> Any:
+    """The catalogue's row of a name; a folder is taken for another training of `tiny`, with its settings.
 
-    def __init__(self, model: str, device: str, batch: int | None, steps: int | None, guidance: float | None) -> None:
-        self.model, self.device, self.batch = model, device, batch
-        self.asked = {"steps": steps, "guidance": guidance}
+    Checkpoints lie beside such a folder, under its name followed by -int4 or -nvfp4.
+    """
+    from engine.models.catalogue import resolve
+
+    folder = Path(model)
+    if not folder.is_dir():
+        return resolve(model)
+    beside = {kind: folder.with_name(f"{folder.name}-{kind}") for kind in ("int4", "nvfp4")}
+    checkpoints = {kind: str(path) for kind, path in beside.items() if path.exists()}
+    settings = {"name": folder.name, "title": folder.name, "source": str(folder), "checkpoints": checkpoints}
+    return dataclasses.replace(resolve("tiny"), **settings)
+
+
+class EngineGenerator:
+    """Pictures by an Engine. A precision is `bf16`, `int4` ..., or with its activations `int4@w4a4`.
+
+    `asked` holds the fields of a Request that differ from the model's own settings.
+    """
+
+    def __init__(self, model: str, device: str, batch: int | None = None, **asked: Any) -> None:
+        self.spec, self.device, self.batch, self.asked = model_spec(model), device, batch, asked
         self.engines: dict[str, Any] = {}
 
     def engine(self, precision: str) -> Any:
@@ -69,7 +87,7 @@ class EngineGenerator:
             name, _, activation = precision.partition("@")
             share = next(iter(self.engines.values()), None)
             self.engines[precision] = Engine.load(
-                self.model, name, device=self.device, activation=activation or "auto", share=share
+                self.spec, name, device=self.device, activation=activation or "auto", share=share
             )
         return self.engines[precision]
 
@@ -222,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.samples_from:
         generate: Generate = FolderGenerator(options.samples_from)
     else:
-        generate = EngineGenerator(options.model, device, options.batch, options.steps, options.guidance)
+        generate = EngineGenerator(options.model, device, options.batch, steps=options.steps, guidance=options.guidance)
     rows = []
     for precision in options.precisions:
         start = time.perf_counter()
@@ -261,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m zoo.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="tiny", help="catalogue name or diffusers folder (default tiny)")
+    add("--model", default="tiny", help="catalogue name, or a folder with another training of tiny")
     add("--precisions", nargs="+", default=["bf16", "int4"], metavar="P",
         help="the first is the one that others are compared with (default bf16 int4)")  # fmt: skip
     add("--count", type=int, default=512, help="held-out captions (default 512)")

@@ -1,10 +1,10 @@
 """Train the probe on rendered scenes and report its accuracy on held-out ones.
 
-    python -m zoo.probe.train --minutes 3 --device cuda --compile --out zoo/weights/probe
+    python -m zoo.probe.train --minutes 3 --device cuda --out zoo/weights/probe
     python -m zoo.probe.train --minutes 10 --pool 600 --held-out 100 --out probe        # a rough one, on a CPU
 
-The time budget covers everything: about a quarter of it may go into rendering, then training runs until shortly before
-its end, and the accuracy on held-out scenes is written beside the weights.
+The time budget covers everything: at most a third of it goes into rendering (the pool may stay smaller than asked), then
+training runs until shortly before its end, and the accuracy on held-out scenes is written beside the weights.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=1000, help="pictures that measure it (default 1000)")
     parser.add_argument("--batch", type=int, default=128, help="pictures a step (default 128)")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate (default 0.002)")
-    parser.add_argument("--compile", action="store_true", help="compile the renderer: faster from about 20,000 scenes")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the renderer: pays off in runs of 10 minutes or more"
+    )
     parser.add_argument("--seed", type=int, default=7, help="seed of scenes and training (default 7)")
     options = parser.parse_args(arguments)
 
@@ -119,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     held = scenes.sample(options.held_out, options.seed, "test")
     with tqdm(desc="render", unit="picture") as bar:
-        pool = _fill(options, start + 15 * options.minutes, bar.update)
+        pool = _fill(options, start + 20 * options.minutes, bar.update)
         shown = build_pool(held, options.device, options.compile, progress=bar.update)
     network = Network().to(options.device)
     reserve = max(2.0, 0.04 * 60 * options.minutes)
