@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -130,12 +131,20 @@ def prepare(run: Run) -> tuple[pool.Pool, pool.Pool]:
         run.log("vae", scaling_factor=scale, shift_factor=shift)
     if world.chief:
         run.log("vae", **vae.validate(run.parts.vae, valid.images, world))
-        _reconstructions(run, valid)
+        unless_it_fails(run, "reconstructions", lambda: _reconstructions(run, valid))
         run.save()
     for each in (data, valid):
         vae.encode_pool(run.parts.vae, each, world, stage["encode_batch"])
     run.log("encode", pictures=len(data))
     return data, valid
+
+
+def unless_it_fails(run: Run, what: str, make: Callable[[], None]) -> None:
+    """Make something that training can do without: a failure is logged, not raised."""
+    try:
+        make()
+    except Exception as error:
+        run.log("warning", what=what, error=f"{type(error).__name__}: {error}")
 
 
 @torch.no_grad()
@@ -148,6 +157,10 @@ def _reconstructions(run: Run, valid: pool.Pool) -> None:
     folder = run.args.out / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     samples.contact_sheet(pairs, columns=8, cell=run.config["samples"]["cell"]).save(folder / "vae.jpg", quality=90)
+
+
+def _sheets(run: Run, config: dict, base: bool = False) -> None:
+    samples.sheets(run.args.out / "model", run.args.out / "samples", config, run.log, run.world.device, base=base)
 
 
 def train_flow(run: Run, data: pool.Pool, valid: pool.Pool) -> None:
@@ -167,7 +180,7 @@ def train_flow(run: Run, data: pool.Pool, valid: pool.Pool) -> None:
             run.save()
             if stage == "flow":
                 sheet = dict(config["samples"], count=min(32, config["samples"]["count"]))
-                samples.sheets(args.out / "model", args.out / "samples", sheet, run.log, world.device, base=True)
+                unless_it_fails(run, "base sheet", lambda: _sheets(run, sheet, base=True))  # noqa: B023
         world.barrier()
 
 
@@ -199,8 +212,8 @@ def main(argv: list[str] | None = None) -> None:
         data, valid = prepare(run)
         train_flow(run, data, valid)
         if run.world.chief:
-            samples.sheets(args.out / "model", args.out / "samples", run.config["samples"], run.log, run.world.device)
-            plot(run.log.path, args.out / "logs" / "curves.png")
+            unless_it_fails(run, "sheets", lambda: _sheets(run, run.config["samples"]))
+            unless_it_fails(run, "curves", lambda: plot(run.log.path, args.out / "logs" / "curves.png"))
             run.log("done", minutes=round((time.time() - run.began) / 60, 2))
         run.world.barrier()
     finally:

@@ -2,7 +2,7 @@
 
 Loss: L1 and squared error on the picture and on its 2x and 4x reductions, L1 on its gradients, and a KL term large
 enough that latents carry noise (about a tenth of their spread), which keeps the latent space smooth for a small model.
-One picture in eight is replaced by what later models feed the autoencoder: depth maps, edge maps, pictures with holes.
+Three pictures in sixteen give way to what later models feed it: depth maps, edge maps, pictures with holes.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def batch(pool: Pool, size: int, generator: torch.Generator) -> torch.Tensor:
     """Pictures to reconstruct, (size, 3, S, S) in [-1, 1]."""
     draw = lambda n, high: torch.randint(high, (n,), generator=generator, device=generator.device)  # noqa: E731
     x = to_input(pool.images[draw(size, len(pool))])
-    part = size // 8
+    part = size * 3 // 16
     if part and len(pool.depth):
         third = max(1, part // 3)
         x[:third] = to_input(pool.depth[draw(third, len(pool.depth))][:, None].expand(-1, 3, -1, -1))
         x[third : 2 * third] = edges(x[third : 2 * third])
         for row in range(2 * third, part):
-            top, left = (16 * row) % 128, (40 * row) % 128  # a grey hole, as inpainting models see
-            x[row, :, top : top + 96, left : left + 112] = 0.0
+            top, left, high, wide = (int(v * x.shape[-1]) for v in torch.rand(4) * 0.5)
+            x[row, :, top : top + high, left : left + wide] = 0.0  # a grey hole, as inpainting models see
     return x
 
 
