@@ -1,0 +1,80 @@
+"""The programming interface: one endpoint, /generate, typed and documented from the controls; also an MCP tool."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import gradio as gr
+
+from apps.common.runner import Failed, Finished, Job, events
+from apps.common.studio import Studio
+from engine import RequestError
+
+__all__ = ["add", "endpoint"]
+
+
+def add(studio: Studio) -> None:
+    """Add /generate to the page being built. It shares the device's queue with the page's own runs."""
+    gr.api(endpoint(studio), api_name="generate", concurrency_id="device", concurrency_limit=1)
+
+
+def endpoint(studio: Studio) -> Callable[..., tuple[dict, dict]]:
+    """A function `generate(*, prompt, seed, ..., precision)` whose signature is made from the app's controls."""
+    precisions = studio.pool.precisions
+
+    def generate(*given: Any) -> tuple[dict, dict]:
+        values = dict(zip(signature.parameters, given, strict=False))
+        precision = values.pop("precision", precisions[-1])
+        try:
+            if precision not in precisions:
+                raise RequestError(
+                    "precision", f"precision: expected one of {', '.join(precisions)}, got {precision!r}"
+                )
+            job = Job(studio.request(values), (precision,), values)
+        except RequestError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        verdict = studio.judge(job.request)
+        if not verdict.allowed:
+            raise gr.Error(f"The prompt was refused: {verdict.reason}", print_exception=False)
+        return _answer(studio, job)
+
+    signature = _signature(studio)
+    generate.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    generate.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    generate.__annotations__["return"] = signature.return_annotation
+    generate.__doc__ = _document(studio)
+    return generate
+
+
+def _answer(studio: Studio, job: Job) -> tuple[dict, dict]:
+    for event in events(studio.pool, job):
+        if isinstance(event, Finished):
+            path = studio.pictures.save(event.result)
+            facts = {"settings": event.result.settings(), "measurements": event.result.measurements()}
+            return gr.FileData(path=path, mime_type="image/png").model_dump(), facts
+        if isinstance(event, Failed):
+            raise gr.Error(event.text, print_exception=False)
+    raise gr.Error("The run ended without a picture.", print_exception=False)
+
+
+def _signature(studio: Studio) -> inspect.Signature:
+    spec, any_order = studio.choice.spec, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = []
+    for control in studio.controls:
+        default = inspect.Parameter.empty if control.name == "prompt" else control.default(spec)
+        parameters.append(inspect.Parameter(control.name, any_order, default=default, annotation=control.kind))
+    # A Literal of one value has no list of choices to show.
+    kind = Literal[studio.pool.precisions] if len(studio.pool.precisions) > 1 else str  # pyright: ignore
+    last = studio.pool.precisions[-1]
+    parameters.append(inspect.Parameter("precision", any_order, default=last, annotation=kind))
+    return inspect.Signature(parameters, return_annotation=tuple[dict, dict])
+
+
+def _document(studio: Studio) -> str:
+    lines = [f"{studio.app.summary} Model: {studio.choice.spec.title}.", "", "Args:"]
+    lines += [f"    {control.name}: {control.describe}" for control in studio.controls]
+    lines += [f"    precision: One of {', '.join(studio.pool.precisions)}.", "", "Returns:"]
+    lines += ["    The picture, a PNG file that carries its settings.", "    Settings and measurements of the run."]
+    return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""An app is a value: its words, its models, its controls, its examples, and how it prepares a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from apps.common.controls import Control
+from engine.models import catalogue
+
+__all__ = ["App", "no_inputs"]
+
+Values = Mapping[str, Any]
+
+
+def no_inputs(values: Values) -> dict[str, Any]:
+    """The `prepare` of an app whose pipeline takes text alone."""
+    return {}
+
+
+@dataclass(frozen=True)
+class App:
+    """One app of the suite.
+
+    `slug` is its folder; `nibble` (0 to 15) the four bits its sign shows. `models` are names of the catalogue, the
+    small one first and the large ones in the order `--model auto` prefers them. `prepare` turns the control values,
+    by name, into the pipeline's inputs beyond text; it is pure. `examples` are control values by name.
+
+    Raises ValueError when a name is used twice, an example names a control that is not there, or a model is unknown.
+    """
+
+    slug: str
+    title: str
+    summary: str
+    nibble: int
+    models: tuple[str, ...]
+    controls: tuple[Control, ...]
+    examples: tuple[Values, ...] = ()
+    prepare: Callable[[Values], dict[str, Any]] = no_inputs
+    placeholder: str = ""
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        names = [control.name for control in self.controls]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{self.slug}: two controls are named {', '.join(twice)}")
+        if "prompt" not in names:
+            raise ValueError(f"{self.slug}: expected a control named 'prompt', got {', '.join(names) or 'none'}")
+        if not 0 <= self.nibble <= 15:
+            raise ValueError(f"{self.slug}: expected a nibble from 0 to 15, got {self.nibble}")
+        if not self.models:
+            raise ValueError(f"{self.slug}: expected at least one model")
+        for model in self.models:
+            if model not in catalogue.names():
+                raise ValueError(f"{self.slug}: expected models of {', '.join(catalogue.names())}, got {model!r}")
+        for number, example in enumerate(self.examples, 1):
+            unknown = sorted(set(example) - set(names))
+            if unknown:
+                raise ValueError(
+                    f"{self.slug}: example {number} sets {', '.join(unknown)}; the controls are {', '.join(names)}"
+                )
+
+    def control(self, name: str) -> Control:
+        """The control of that name; KeyError when there is none."""
+        for control in self.controls:
+            if control.name == name:
+                return control
+        raise KeyError(name)

@@ -1,0 +1,220 @@
+"""The one command line of all apps: flags in, a served page out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apps.common.app import App
+from apps.common.models import choose
+from engine import EngineError
+from engine.models.catalogue import ModelSpec
+
+if TYPE_CHECKING:
+    from apps.common.studio import Studio
+
+__all__ = ["launch", "main", "open_studio", "parser"]
+
+ASSETS = Path(__file__).with_name("assets")
+CHECKERS = ("words", "qwen3guard", "shieldgemma", "off")
+ACTIVATIONS = ("auto", "w4a8", "w4a4")
+
+_EXAMPLES = """examples:
+  {run}                                        the small model, on this machine, no download
+  {run} --model schnell --device cuda          a large model; its weights are fetched once
+  {run} --precisions int4                      one column, half the memory
+  {run} --precisions int4 bf16                 4-bit first
+  {run} --host 0.0.0.0 --port 8080             for others on your network
+  {run} --safety qwen3guard --safety-path DIR  a checker with weights you have in DIR
+
+In Python or from another program: gradio_client.Client("http://127.0.0.1:7860").predict(
+    prompt="a red cube", seed=7, api_name="/generate")"""
+
+
+def parser(app: App) -> argparse.ArgumentParser:
+    """The parser that every app uses."""
+    run = f"python apps/{app.slug}/run.py"
+    this = argparse.ArgumentParser(
+        prog=run,
+        description=f"Nibble Studio, {app.title}. {app.summary}",
+        epilog=_EXAMPLES.replace("{run}", run),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    models = this.add_argument_group("what paints")
+    models.add_argument(
+        "--model", default="auto", metavar="M",
+        help="auto (a large model where a CUDA device and its weights are here, else tiny), "
+        f"{', '.join(app.models)}, a diffusers folder or a hub id (default auto)",
+    )  # fmt: skip
+    models.add_argument(
+        "--precisions", nargs="+", metavar="P", help="a column each, painted in this order (default: all the model has)"
+    )
+    models.add_argument("--activation", default="auto", choices=ACTIVATIONS, help="what 4-bit layers see (default auto)")
+    models.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda[:index] (default auto)")
+    _add_serving(this)
+    _add_safety(this)
+    return this
+
+
+def _add_serving(this: argparse.ArgumentParser) -> None:
+    serving = this.add_argument_group("where the page is")
+    serving.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default 127.0.0.1)")
+    serving.add_argument("--port", type=_port, metavar="N", help="default: the first free one from 7860")
+    serving.add_argument("--share", action="store_true", help="also open a public link; off unless you ask")
+    serving.add_argument("--root-path", default="", metavar="PATH", help="sub-path behind a reverse proxy")
+    serving.add_argument("--max-queue", type=_positive, default=20, metavar="N", help="runs that may wait (default 20)")
+    serving.add_argument("--open-browser", action="store_true", help="open the page when it is up")
+
+
+def _add_safety(this: argparse.ArgumentParser) -> None:
+    safety = this.add_argument_group("which prompts are refused")
+    safety.add_argument("--safety", default="words", choices=CHECKERS, help="the prompt checker (default words)")
+    safety.add_argument("--safety-path", metavar="PATH", help="folder or hub id of that checker's weights")
+
+
+def _port(text: str) -> int:
+    if text.isdecimal() and 1 <= int(text) <= 65535:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
+
+
+def _positive(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+
+
+def main(app: App, argv: Sequence[str] | None = None) -> int:
+    """Serve `app` until interrupted. Returns the exit status: 0 after an interrupt, 2 for a value that cannot be used."""
+    args = parser(app).parse_args(argv)
+    logging.basicConfig(format="%(name)s: %(message)s")
+    _stay_home()
+    from safety import SafetyError
+
+    try:
+        studio = open_studio(app, args)
+    except (EngineError, SafetyError) as error:
+        print(f"{app.slug}: {error}", file=sys.stderr)
+        return 2
+    try:
+        return _serve(studio, args)
+    except OSError as error:
+        print(f"{app.slug}: the page could not be opened on {args.host}: {error}", file=sys.stderr)
+        return 2
+    finally:
+        studio.pictures.close()
+
+
+def _stay_home() -> None:
+    """Nothing is reported to anybody. Set before gradio and huggingface_hub are imported, which read it then."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def open_studio(app: App, args: argparse.Namespace, loader: Callable[..., Any] | None = None) -> Studio:
+    """Choose the model, load the safety checker and begin to load the engines.
+
+    Raises ModelError, ArgumentError or SafetyError with one sentence; a checker that fails to load ends the start.
+    """
+    from apps.common.pool import Pool
+    from apps.common.studio import Studio
+    from safety import load_checker
+
+    choice = choose(args.model, app.models, _has_cuda)
+    precisions = _precisions(choice.spec, args.precisions)
+    _check_device(args.device)
+    checker = load_checker(args.safety, device=args.device, path=args.safety_path)
+    pool = Pool(choice.spec, precisions, loader or _loader(args))
+    pool.start()
+    return Studio(app, choice, pool, checker)
+
+
+def _precisions(spec: ModelSpec, asked: Sequence[str] | None) -> tuple[str, ...]:
+    from engine import ArgumentError
+
+    precisions = tuple(asked or spec.precisions)
+    unknown = [name for name in precisions if name not in spec.precisions]
+    if unknown:
+        raise ArgumentError(f"precisions: {spec.title} has {', '.join(spec.precisions)}, got {', '.join(unknown)}")
+    if len(set(precisions)) < len(precisions):
+        raise ArgumentError(f"precisions: expected each once, got {' '.join(precisions)}")
+    return precisions
+
+
+def _check_device(device: str) -> None:
+    if device not in ("auto", "cpu"):
+        from engine.generate import pick_device
+
+        pick_device(device)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _loader(args: argparse.Namespace) -> Callable[..., Any]:
+    def load(spec: ModelSpec, precision: str, share: Any, progress: Callable[[str], None]) -> Any:
+        # Imported in the loading thread: the page is up while torch and diffusers still come in.
+        from engine.generate import Engine
+
+        return Engine.load(
+            spec, precision, device=args.device, activation=args.activation, share=share, progress=progress
+        )
+
+    return load
+
+
+def launch(studio: Studio, **options: Any) -> Any:
+    """Build the page and serve it; `options` go to Gradio's launch. Returns the Blocks."""
+    from apps.common.shell import build
+    from apps.common.theme import NibbleTheme
+
+    demo = build(studio)
+    demo.queue(max_size=options.pop("max_queue", 20), default_concurrency_limit=16)
+    demo.launch(
+        theme=NibbleTheme(),
+        css_paths=ASSETS / "page.css",
+        js=(ASSETS / "page.js").read_text(encoding="utf-8"),
+        footer_links=[],
+        run_history=False,
+        mcp_server=_has_mcp(),
+        show_error=True,
+        max_file_size="20mb",
+        **options,
+    )
+    return demo
+
+
+def _has_mcp() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("mcp") is not None
+
+
+def _serve(studio: Studio, args: argparse.Namespace) -> int:
+    print(f"Nibble Studio, {studio.app.title}: {studio.choice.spec.title}. {studio.choice.reason}")
+    demo = launch(
+        studio,
+        max_queue=args.max_queue,
+        server_name=args.host,
+        server_port=args.port,
+        share=args.share,
+        root_path=args.root_path or None,
+        inbrowser=args.open_browser,
+        prevent_thread_lock=True,
+        quiet=True,
+    )
+    print(f"Page: {demo.local_url}", flush=True)
+    if args.share:
+        print(f"Public link: {demo.share_url}", flush=True)
+    demo.block_thread()
+    return 0
+
+

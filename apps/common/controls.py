@@ -1,0 +1,175 @@
+"""Controls carry their name; whatever reads or fills them goes by that name, never by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from apps.common import styles
+from engine.models.catalogue import ModelSpec, Range
+from engine.request import MAX_PROMPT_CHARACTERS, MAX_SEED
+
+if TYPE_CHECKING:
+    from gradio.components import Component
+
+__all__ = ["ASPECTS", "Control", "aspect_size", "guidance", "prompt", "seed", "size", "steps", "style"]
+
+ASPECTS: dict[str, tuple[int, int]] = {
+    "1:1": (1, 1),
+    "4:3": (4, 3),
+    "3:4": (3, 4),
+    "3:2": (3, 2),
+    "2:3": (2, 3),
+    "16:9": (16, 9),
+    "9:16": (9, 16),
+}
+
+
+def _always(spec: ModelSpec) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Control:
+    """One value a user sets.
+
+    `kind` is its type in the programming interface and `describe` its sentence there. `build` makes the component for
+    a model; `default` is its value when nobody sets it; `applies` says whether the model has such a setting at all.
+    `place` is where the page puts it: "prompt", "seed", "size" or "options".
+    """
+
+    name: str
+    kind: Any
+    describe: str
+    build: Callable[[ModelSpec], Component]
+    default: Callable[[ModelSpec], Any]
+    place: str = "options"
+    applies: Callable[[ModelSpec], bool] = _always
+
+
+# gradio takes seconds to import, so each `build` imports it: a command that only prints its help does not wait.
+
+
+def prompt(placeholder: str = "") -> Control:
+    """What to paint: several lines, Ctrl+Enter runs."""
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        return gr.Textbox(
+            label="Prompt", placeholder=placeholder, lines=2, max_lines=6, autofocus=True, elem_id="nb-prompt"
+        )
+
+    return Control(
+        name="prompt",
+        kind=str,
+        describe=f"What to paint, at most {MAX_PROMPT_CHARACTERS} characters.",
+        default=lambda spec: "",
+        place="prompt",
+        build=build,
+    )
+
+
+def seed() -> Control:
+    """Seed of the noise that every precision starts from."""
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        return gr.Number(label="Seed", value=7, precision=0, elem_id="nb-seed", min_width=150)
+
+    return Control(
+        name="seed",
+        kind=int,
+        describe=f"Seed of the noise, 0 to {MAX_SEED}; the same seed gives the same picture.",
+        default=lambda spec: 7,
+        place="seed",
+        build=build,
+    )
+
+
+def steps() -> Control:
+    """Denoising steps, within the model's limits."""
+    return Control(
+        name="steps",
+        kind=int | None,
+        describe="Denoising steps; left out, the model's own number.",
+        default=lambda spec: None,
+        build=lambda spec: _slider("steps", spec.steps, "More steps: more detail, more time"),
+    )
+
+
+def guidance() -> Control:
+    """How closely the picture follows the prompt; absent where the model has no such setting."""
+    return Control(
+        name="guidance",
+        kind=float | None,
+        describe="How closely to follow the prompt; left out, the model's own value.",
+        default=lambda spec: None,
+        applies=lambda spec: spec.guidance is not None,
+        build=lambda spec: _slider("guidance", spec.guidance, "How closely to follow the prompt"),
+    )
+
+
+def style() -> Control:
+    """One of the ten styles."""
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        return gr.Dropdown(
+            list(styles.STYLES),
+            value=styles.NONE,
+            label="Style",
+            info="Words put around your prompt",
+            elem_id="nb-style",
+        )
+
+    return Control(
+        name="style",
+        kind=str,
+        describe=f"Words put around the prompt: one of {', '.join(styles.STYLES)}.",
+        default=lambda spec: styles.NONE,
+        build=build,
+    )
+
+
+def size() -> tuple[Control, Control]:
+    """Width and height in pixels, within the model's limits."""
+    return _side("width"), _side("height")
+
+
+def _side(name: str) -> Control:
+    return Control(
+        name=name,
+        kind=int | None,
+        describe=f"{name.capitalize()} in pixels; left out, the model's own.",
+        default=lambda spec: None,
+        place="size",
+        build=lambda spec: _slider(name, spec.size, f"Pixels, a multiple of {spec.size.step:g}"),
+    )
+
+
+def _slider(name: str, limits: Range | None, info: str) -> Component:
+    import gradio as gr
+
+    if limits is None:
+        raise ValueError(f"{name}: the model has no such setting")
+    low, high, default, step = (
+        int(number) if float(number).is_integer() else number
+        for number in (limits.low, limits.high, limits.default, limits.step)
+    )
+    return gr.Slider(low, high, default, step=step, label=name.capitalize(), info=info, elem_id=f"nb-{name}")
+
+
+def aspect_size(spec: ModelSpec, aspect: str) -> tuple[int, int]:
+    """Width and height of about the model's own pixel count in that aspect, on its step and within its limits."""
+    across, down = ASPECTS[aspect]
+    ratio = (across / down) ** 0.5
+    return _snap(spec, spec.size.default * ratio), _snap(spec, spec.size.default / ratio)
+
+
+def _snap(spec: ModelSpec, pixels: float) -> int:
+    step = spec.size.step
+    return int(min(max(round(pixels / step) * step, spec.size.low), spec.size.high))

@@ -1,0 +1,99 @@
+"""Engines of one model, loaded in the background: the page opens at once and the first click waits its turn."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from apps.common.trouble import sentence
+from engine.models.catalogue import ModelSpec
+
+__all__ = ["LoadFailed", "Loading", "Pool"]
+
+log = logging.getLogger("nibble")
+
+# (spec, precision, share, progress) -> engine
+Loader = Callable[[ModelSpec, str, Any, Callable[[str], None]], Any]
+
+
+class LoadFailed(RuntimeError):
+    """An engine could not be loaded; the message is a sentence for the page."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How one precision stands: "waiting", "loading", "ready" or "failed", and what to say about it."""
+
+    state: str
+    text: str = ""
+
+
+class Pool:
+    """The engines of `spec` in `precisions`; later ones share the first one's text encoders and VAE.
+
+    `device` is held by whoever runs: the engines of a pool take turns, so that no run is timed beside another.
+    """
+
+    def __init__(self, spec: ModelSpec, precisions: tuple[str, ...], loader: Loader) -> None:
+        self.spec = spec
+        self.precisions = precisions
+        self.device = threading.Lock()
+        self._loader = loader
+        self._engines: dict[str, Any] = {}
+        self._changed = threading.Condition()
+        self._states = {precision: Loading("waiting", "waiting to load") for precision in precisions}
+
+    def start(self) -> None:
+        """Begin loading in a background thread."""
+        threading.Thread(target=self._load_all, name="load-engines", daemon=True).start()
+
+    def state(self, precision: str) -> Loading:
+        """How that precision stands now."""
+        return self._states[precision]
+
+    @property
+    def settled(self) -> bool:
+        """Whether every precision is ready or has failed."""
+        return all(state.state in ("ready", "failed") for state in self._states.values())
+
+    def engines(self) -> list[Any]:
+        """The engines that are ready, in order of precision."""
+        return [self._engines[precision] for precision in self.precisions if precision in self._engines]
+
+    def get(self, precision: str, should_stop: Callable[[], bool], timeout: float = 0.2) -> Any | None:
+        """Wait for that engine and return it, or None when `should_stop` answers true first.
+
+        Raises LoadFailed with the reason when it could not be loaded.
+        """
+        with self._changed:
+            while not should_stop():
+                state = self._states[precision]
+                if state.state == "ready":
+                    return self._engines[precision]
+                if state.state == "failed":
+                    raise LoadFailed(state.text)
+                self._changed.wait(timeout)
+        return None
+
+    def _load_all(self) -> None:
+        for precision in self.precisions:
+            self._set(precision, Loading("loading", "loading"))
+            share = next(iter(self._engines.values()), None)
+            try:
+                engine = self._loader(
+                    self.spec, precision, share, lambda text, p=precision: self._set(p, Loading("loading", text))
+                )
+            except Exception as error:
+                log.exception("loading %s of %s failed", precision, self.spec.name)
+                self._set(precision, Loading("failed", sentence(error)))
+            else:
+                self._engines[precision] = engine
+                self._set(precision, Loading("ready"))
+
+    def _set(self, precision: str, state: Loading) -> None:
+        with self._changed:
+            self._states[precision] = state
+            self._changed.notify_all()

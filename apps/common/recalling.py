@@ -1,0 +1,45 @@
+"""From the settings in a PNG to control values this page can take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from apps.common.studio import Studio
+from apps.common.styles import NONE
+from engine import RequestError
+
+__all__ = ["fit"]
+
+
+def fit(settings: Mapping[str, Any], studio: Studio) -> tuple[dict[str, Any], str]:
+    """Return the settings this page's controls can take, by name, and a sentence on what was left out.
+
+    The prompt in a picture is the final one, style included, so the style is set to none. A value that this model's
+    limits do not admit is left out, never bent.
+    """
+    names = {control.name for control in studio.controls}
+    values: dict[str, Any] = {}
+    left: list[str] = []
+    for name, value in settings.items():
+        if name not in names or value is None:
+            continue
+        try:
+            studio.request({"prompt": "x", name: value})
+        except (RequestError, TypeError):
+            left.append(name)
+        else:
+            values[name] = value
+    if "style" in names and "prompt" in values:
+        values["style"] = NONE
+    return values, _note(settings, left, studio.choice.spec.name)
+
+
+def _note(settings: Mapping[str, Any], left: list[str], model: str) -> str:
+    note = "Settings recalled from the picture."
+    made = settings.get("model")
+    if isinstance(made, str) and made != model:
+        note += f" It was made with {made}; this page runs {model}, so the picture will differ."
+    if left:
+        note += f" Out of this model's range and left as they were: {', '.join(left)}."
+    return note

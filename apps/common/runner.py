@@ -1,0 +1,171 @@
+"""Runs a request in each precision, one after the other, in a worker thread that feeds a queue.
+
+The page (or the API) reads events from the queue as they happen; closing the reader stops the worker at its next step.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from apps.common.pool import LoadFailed, Pool
+from apps.common.trouble import sentence
+from engine import Cancelled, Request, Result, Step
+
+__all__ = ["Began", "Desk", "Event", "Failed", "Finished", "Job", "Loads", "Stepped", "Stopped", "events"]
+
+log = logging.getLogger("nibble")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something happened to one precision."""
+
+    precision: str
+
+
+class Loads(Event):
+    """Its engine is still being loaded."""
+
+
+class Began(Event):
+    """Its run has begun."""
+
+
+class Stopped(Event):
+    """It was stopped, or never begun because of a stop."""
+
+
+@dataclass(frozen=True)
+class Stepped(Event):
+    """A denoising step is done."""
+
+    step: Step
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """Its picture is ready."""
+
+    result: Result
+
+
+@dataclass(frozen=True)
+class Failed(Event):
+    """It failed; `text` is one sentence."""
+
+    text: str
+
+
+@dataclass
+class Job:
+    """One press of Generate: what to run, and the flag that stops it."""
+
+    request: Request
+    precisions: Sequence[str]
+    values: Mapping[str, Any]
+    stop: threading.Event = field(default_factory=threading.Event)
+    claimed: bool = False
+
+
+class _Feed:
+    """A queue in which an unread step gives way to a newer one: a slow reader sees the present, not a backlog."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event | None] = deque()
+        self._filled = threading.Condition()
+
+    def put(self, event: Event | None) -> None:
+        with self._filled:
+            if isinstance(event, Stepped) and self._events and isinstance(self._events[-1], Stepped):
+                self._events.pop()
+            self._events.append(event)
+            self._filled.notify()
+
+    def get(self) -> Event | None:
+        with self._filled:
+            self._filled.wait_for(lambda: self._events)
+            return self._events.popleft()
+
+
+def events(pool: Pool, job: Job) -> Iterator[Event]:
+    """Yield what happens while `job` runs. Closing the iterator stops the job at its next step."""
+    feed = _Feed()
+    threading.Thread(target=_work, args=(pool, job, feed), name="run", daemon=True).start()
+    try:
+        while (event := feed.get()) is not None:
+            yield event
+    finally:
+        job.stop.set()
+
+
+def _work(pool: Pool, job: Job, feed: _Feed) -> None:
+    try:
+        for precision in job.precisions:
+            feed.put(_one(pool, job, precision, feed))
+    finally:
+        feed.put(None)
+
+
+def _one(pool: Pool, job: Job, precision: str, feed: _Feed) -> Event:
+    try:
+        if pool.state(precision).state != "ready":
+            feed.put(Loads(precision))
+        engine = pool.get(precision, job.stop.is_set)
+        with pool.device:
+            if engine is None or job.stop.is_set():
+                return Stopped(precision)
+            feed.put(Began(precision))
+            result = engine.run(
+                job.request, on_step=lambda step: feed.put(Stepped(precision, step)), should_stop=job.stop.is_set
+            )
+        return Finished(precision, result)
+    except Cancelled:
+        return Stopped(precision)
+    except LoadFailed as error:
+        return Failed(precision, str(error))
+    except Exception as error:
+        log.exception("the run in %s failed", precision)
+        return Failed(precision, sentence(error))
+
+
+class Desk:
+    """At most one job a browser session: opened by the click, claimed by the run, stopped by the Stop button."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+        self._lock = threading.Lock()
+
+    def open(self, session: str, job: Job) -> bool:
+        """File a job; False when that session already has one."""
+        with self._lock:
+            return self._jobs.setdefault(session, job) is job
+
+    def claim(self, session: str) -> Job | None:
+        """Hand the session's job to the one who runs it; None when there is none or it has been handed out."""
+        with self._lock:
+            job = self._jobs.get(session)
+            if job is None or job.claimed:
+                return None
+            job.claimed = True
+            return job
+
+    def stop(self, session: str) -> bool:
+        """Ask the session's job to stop; False when there is none."""
+        with self._lock:
+            job = self._jobs.get(session)
+        if job is not None:
+            job.stop.set()
+        return job is not None
+
+    def close(self, session: str, job: Job | None = None) -> None:
+        """Forget the session's job (that very one, when given) and stop it if it still runs."""
+        with self._lock:
+            if job is None or self._jobs.get(session) is job:
+                job = self._jobs.pop(session, None)
+        if job is not None:
+            job.stop.set()

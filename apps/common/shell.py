@@ -1,0 +1,112 @@
+"""Lays out the page of any app: what is where. What happens is in `events`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import gradio as gr
+
+from apps.common import api, columns, comparison, events, history, panels
+from apps.common.columns import Column
+from apps.common.comparison import Comparison
+from apps.common.controls import ASPECTS, Control
+from apps.common.history import History
+from apps.common.studio import Studio
+
+__all__ = ["Page", "build"]
+
+HOUR = 3600
+
+
+@dataclass
+class Page:
+    """The components of one page; `controls` by name, `columns` by precision."""
+
+    banner: gr.HTML
+    generate: gr.Button
+    stop: gr.Button
+    message: gr.HTML
+    randomise: gr.Checkbox
+    last_seed: gr.Button
+    recall: gr.UploadButton
+    columns: dict[str, Column]
+    comparison: Comparison
+    history: History
+    last: gr.State
+    aspect: gr.Radio | None = None
+    examples: list[gr.Button] = field(default_factory=list)
+    controls: dict[str, gr.components.Component] = field(default_factory=dict)
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """Build the page; styling comes with `launch`."""
+    title = f"{studio.app.title} · Nibble Studio"
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(HOUR, 24 * HOUR)) as demo:
+        page = _layout(studio)
+        events.wire(demo, page, studio)
+        api.add(studio)
+    return demo
+
+
+def _layout(studio: Studio) -> Page:
+    controls: dict[str, gr.components.Component] = {}
+    gr.HTML(panels.header(studio.app), elem_id="nb-header")
+    banner = gr.HTML(panels.banner(studio.choice, studio.pool, studio.app), elem_id="nb-banner")
+    with gr.Column(elem_id="nb-desk", elem_classes=["nb-card"]):
+        with gr.Row(elem_classes=["nb-ask"], equal_height=True):
+            with gr.Column(scale=5, min_width=280):
+                _place(studio, "prompt", controls)
+            with gr.Column(scale=1, min_width=170, elem_classes=["nb-go"]):
+                generate = gr.Button("Generate", variant="primary", elem_id="nb-generate")
+                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="nb-stop")
+        examples = _examples(studio)
+        message = gr.HTML("", elem_id="nb-message")
+        with gr.Row(elem_classes=["nb-seed-row"], equal_height=False):
+            _place(studio, "seed", controls)
+            randomise = gr.Checkbox(True, label="New seed each time", elem_id="nb-randomise", min_width=170)
+            last_seed = gr.Button("Reuse last seed", size="sm", interactive=False, elem_id="nb-last-seed", min_width=140)
+            recall = gr.UploadButton(
+                "Recall from PNG", size="sm", file_types=[".png"], elem_id="nb-recall", min_width=140, variant="secondary"
+            )
+        aspect = _options(studio, controls)
+    with gr.Row(elem_id="nb-columns", elem_classes=["nb-pair"]):
+        painted = {precision: columns.build(precision) for precision in studio.pool.precisions}
+    compared = comparison.build(studio.pool.precisions)
+    kept = history.build()
+    gr.HTML(panels.explanation(studio.app))
+    links = {"API and MCP": "?view=api", "OpenAPI": "gradio_api/openapi.json"}
+    gr.HTML(panels.footer(studio.choice, links))
+    return Page(
+        banner, generate, stop, message, randomise, last_seed, recall, painted, compared, kept, gr.State(None),
+        aspect, examples, controls,
+    )  # fmt: skip
+
+
+def _place(studio: Studio, place: str, controls: dict[str, gr.components.Component]) -> list[Control]:
+    placed = [control for control in studio.controls if control.place == place]
+    for control in placed:
+        controls[control.name] = control.build(studio.choice.spec)
+    return placed
+
+
+def _options(studio: Studio, controls: dict[str, gr.components.Component]) -> gr.Radio | None:
+    aspect = None
+    with gr.Accordion("Options", open=False, elem_id="nb-options"):
+        with gr.Row():
+            _place(studio, "options", controls)
+        if any(control.place == "size" for control in studio.controls):
+            with gr.Row():
+                with gr.Column(min_width=280):
+                    aspect = gr.Radio(list(ASPECTS), value="1:1", label="Shape", elem_id="nb-aspect")
+                _place(studio, "size", controls)
+    return aspect
+
+
+def _examples(studio: Studio) -> list[gr.Button]:
+    with gr.Row(elem_classes=["nb-chips"]):
+        if studio.app.examples:
+            gr.HTML("Try")
+        return [
+            gr.Button(str(example["prompt"]), size="sm", min_width=0, scale=0, elem_classes=["nb-chip"])
+            for example in studio.app.examples
+        ]

@@ -1,0 +1,59 @@
+"""Everything behind a page that is not on it: the app, its engines, the safety checker, the pictures, the jobs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from apps.common import styles
+from apps.common.app import App
+from apps.common.controls import Control
+from apps.common.models import Choice
+from apps.common.pictures import Pictures
+from apps.common.pool import Pool
+from apps.common.runner import Desk
+from engine import Request
+from safety import Checker, Verdict
+
+__all__ = ["Studio"]
+
+
+class Studio:
+    """One running app. Starting the engines (`pool.start()`) and building the page are the caller's."""
+
+    def __init__(self, app: App, choice: Choice, pool: Pool, checker: Checker) -> None:
+        self.app = app
+        self.choice = choice
+        self.pool = pool
+        self.checker = checker
+        self.pictures = Pictures(app.slug)
+        self.desk = Desk()
+
+    @property
+    def controls(self) -> tuple[Control, ...]:
+        """The app's controls that the model in use has."""
+        return tuple(control for control in self.app.controls if control.applies(self.choice.spec))
+
+    def request(self, values: Mapping[str, Any]) -> Request:
+        """Turn control values, by name, into a checked request with the style applied.
+
+        Raises RequestError naming the field that is wrong.
+        """
+        given = {control.name: control.default(self.choice.spec) for control in self.app.controls}
+        given |= {name: value for name, value in values.items() if value is not None}
+        plain = Request(
+            prompt=given["prompt"],
+            seed=given.get("seed", 0),
+            steps=given.get("steps"),
+            guidance=given.get("guidance"),
+            width=given.get("width"),
+            height=given.get("height"),
+            inputs=self.app.prepare(given),
+        ).resolved(self.choice.spec)
+        dressed = dataclasses.replace(plain, prompt=styles.apply(given.get("style"), plain.prompt))
+        return dressed.resolved(self.choice.spec)
+
+    def judge(self, request: Request) -> Verdict:
+        """The safety checker's answer on the final prompt."""
+        return self.checker.check(request.prompt)

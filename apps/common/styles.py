@@ -1,0 +1,38 @@
+"""Ten ways to dress a prompt, in our own words.
+
+A style is text around a mark. The mark is replaced, never formatted, so braces and percent signs in a prompt stay what
+they are. Styles are applied before the safety check: what is judged is what is painted.
+"""
+
+from __future__ import annotations
+
+from engine import RequestError
+
+__all__ = ["MARK", "NONE", "STYLES", "apply"]
+
+MARK = "{prompt}"
+NONE = "None"
+
+STYLES: dict[str, str] = {
+    NONE: MARK,
+    "Cinematic": f"a film still of {MARK}, anamorphic lens, low sun, drifting haze, muted grade, fine grain",
+    "3D Model": f"a rendered 3D model of {MARK}, studio light, clean geometry, soft contact shadows, path traced",
+    "Anime": f"an anime key frame of {MARK}, inked outlines, flat cel shading, painted sky, lively colour",
+    "Digital Art": f"a digital painting of {MARK}, visible brushwork, bold light, rich palette, fine finish",
+    "Photographic": f"a photograph of {MARK}, 50 mm lens, natural light, shallow focus, true colour",
+    "Pixel art": f"pixel art of {MARK}, small grid, few colours, hard edges, 16-bit console look",
+    "Fantasy art": f"a fantasy illustration of {MARK}, distant towers, drifting light, ornate detail, storybook mood",
+    "Neonpunk": f"{MARK} in a neon-lit night, wet streets, magenta and cyan glow, chrome, rain, high contrast",
+    "Manga": f"a manga panel of {MARK}, black ink, screen tone, speed lines, strong silhouette",
+}
+
+
+def apply(style: str | None, prompt: str) -> str:
+    """Return `prompt` dressed in `style`; None and "None" leave it as it is.
+
+    Raises RequestError naming the styles when there is no such style.
+    """
+    template = STYLES.get(style or NONE)
+    if template is None:
+        raise RequestError("style", f"style: expected one of {', '.join(STYLES)}, got {style!r}")
+    return template.replace(MARK, prompt.strip()) if template != MARK else prompt
