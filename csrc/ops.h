@@ -14,10 +14,10 @@ enum class DType : int { bf16 = 0, fp16 = 1, fp32 = 2 };
 // How activations are quantized. int8: one scale a token. int4, uint4: one scale a token and 64 inputs.
 enum class ActMode : int { int8 = 0, int4 = 1, uint4 = 2 };
 
-constexpr int64_t kGroup = 64;            // inputs that share a weight scale
-constexpr int64_t kPanel = 16;            // outputs that lie side by side in the packed layout
+constexpr int64_t kGroup = 64;                   // inputs that share a weight scale
+constexpr int64_t kPanel = 16;                   // outputs that lie side by side in the packed layout
 constexpr float kUnsignedShift = 11.0f / 64.0f;  // lifts GELU's minimum above zero; exact in every type
-constexpr float kTinyMax = 0x1p-120f;     // a token or group whose largest value is below this counts as zero
+constexpr float kTinyMax = 0x1p-120f;            // a token or group whose largest value is below this counts as zero
 
 // One packed linear ("panel16"). Panel p holds outputs 16p..16p+15; the last panel is padded with zero weights.
 //   codes  [panels][K/8][16][4]  byte j of block b: low nibble input 8b+j, high nibble input 8b+4+j; stored code + 8

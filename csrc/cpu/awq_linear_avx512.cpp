@@ -57,9 +57,12 @@ void multiply_panels(const AwqLinear& p, Range panels) {
 
 void awq_linear_avx512(const AwqLinear& p, Range panels) {
   switch (p.x_dtype) {
-    case DType::bf16: return multiply_panels<DType::bf16>(p, panels);
-    case DType::fp16: return multiply_panels<DType::fp16>(p, panels);
-    case DType::fp32: return multiply_panels<DType::fp32>(p, panels);
+    case DType::bf16:
+      return multiply_panels<DType::bf16>(p, panels);
+    case DType::fp16:
+      return multiply_panels<DType::fp16>(p, panels);
+    case DType::fp32:
+      return multiply_panels<DType::fp32>(p, panels);
   }
 }
 

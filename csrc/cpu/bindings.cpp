@@ -26,10 +26,17 @@ struct Panels {
 
   Weight weight(Address buffer) const {
     auto part = [&](int i) { return buffer + static_cast<Address>(offsets[static_cast<size_t>(i)]); };
-    return {at<const uint8_t>(part(0)),  at<const uint16_t>(part(1)), at<const uint16_t>(part(2)),
-            at<const uint16_t>(part(3)), at<const float>(part(4)),    at<const float>(part(5)),
-            n,                           k,                           rank,
-            DType(scale_dtype),          DType(low_rank_dtype)};
+    return {at<const uint8_t>(part(0)),
+            at<const uint16_t>(part(1)),
+            at<const uint16_t>(part(2)),
+            at<const uint16_t>(part(3)),
+            at<const float>(part(4)),
+            at<const float>(part(5)),
+            n,
+            k,
+            rank,
+            DType(scale_dtype),
+            DType(low_rank_dtype)};
   }
   int64_t scale_bytes(int64_t m, int mode) const { return m * (ActMode(mode) == ActMode::int8 ? 1 : k / kGroup) * 4; }
 };
@@ -37,16 +44,24 @@ struct Panels {
 Status quantize_act(int isa, const Panels& panels, Address buffer, Address x, int x_dtype, int64_t x_stride, int64_t m,
                     int mode, Address codes, Address scales, Address low_rank, int threads) {
   const Weight w = panels.weight(buffer);
-  const QuantizeAct p{&w,           at<const void>(x),  m,                 x_stride,           DType(x_dtype),
-                      ActMode(mode), at<int8_t>(codes), at<float>(scales), at<float>(low_rank)};
+  const QuantizeAct p{&w,
+                      at<const void>(x),
+                      m,
+                      x_stride,
+                      DType(x_dtype),
+                      ActMode(mode),
+                      at<int8_t>(codes),
+                      at<float>(scales),
+                      at<float>(low_rank)};
   return run_quantize_act(isa_table()[isa], p, threads);
 }
 
 Status linear(int isa, const Panels& panels, Address buffer, Address codes, Address scales, Address low_rank, int64_t m,
               int mode, Address y, int y_dtype, Address scratch, int64_t scratch_bytes, int threads) {
   const Weight w = panels.weight(buffer);
-  const Linear p{&w, at<const int8_t>(codes), at<const float>(scales), at<const float>(low_rank),
-                 m,  ActMode(mode),           at<void>(y),             DType(y_dtype)};
+  const Linear p{
+      &w,          at<const int8_t>(codes), at<const float>(scales), at<const float>(low_rank), m, ActMode(mode),
+      at<void>(y), DType(y_dtype)};
   return run_linear(isa_table()[isa], p, threads, at<uint8_t>(scratch), scratch_bytes);
 }
 
@@ -74,17 +89,26 @@ Status svdq_linear(int isa, const Panels& panels, Address buffer, Address x, int
 Status awq_linear(int isa, int64_t n, int64_t k, int scale_dtype, Address buffer, std::array<int64_t, 4> offsets,
                   Address x, int x_dtype, int64_t x_stride, int64_t m, Address y, int y_dtype, int threads) {
   auto part = [&](size_t i) { return buffer + static_cast<Address>(offsets[i]); };
-  const AwqLinear p{at<const uint8_t>(part(0)), at<const uint16_t>(part(1)), at<const uint16_t>(part(2)),
-                    at<const float>(part(3)),   n,                           k,
-                    DType(scale_dtype),         at<const void>(x),           m,
-                    x_stride,                   DType(x_dtype),              at<void>(y),
+  const AwqLinear p{at<const uint8_t>(part(0)),
+                    at<const uint16_t>(part(1)),
+                    at<const uint16_t>(part(2)),
+                    at<const float>(part(3)),
+                    n,
+                    k,
+                    DType(scale_dtype),
+                    at<const void>(x),
+                    m,
+                    x_stride,
+                    DType(x_dtype),
+                    at<void>(y),
                     DType(y_dtype)};
   return run_awq_linear(isa_table()[isa], p, threads);
 }
 
 std::vector<std::tuple<const char*, bool, const char*>> instruction_sets() {
   std::vector<std::tuple<const char*, bool, const char*>> sets;
-  for (int i = 0; i < kIsaCount; ++i) sets.emplace_back(isa_table()[i].kernels.name, isa_table()[i].runs, isa_table()[i].why);
+  for (int i = 0; i < kIsaCount; ++i)
+    sets.emplace_back(isa_table()[i].kernels.name, isa_table()[i].runs, isa_table()[i].why);
   return sets;
 }
 

@@ -7,10 +7,18 @@
 
 namespace nibble {
 
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t size_of(DType t) { return t == DType::fp32 ? 4 : 2; }
+static inline int64_t min64(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+static inline int64_t max64(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+static inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+static inline int64_t size_of(DType t) {
+  return t == DType::fp32 ? 4 : 2;
+}
 static inline float levels_of(ActMode mode) {
   return mode == ActMode::int8 ? 127.0f : mode == ActMode::int4 ? 7.0f : 15.0f;
 }
@@ -26,7 +34,9 @@ static inline uint32_t float_to_bits(float f) {
   return u;
 }
 
-static inline float bf16_to_float(uint16_t h) { return bits_to_float(static_cast<uint32_t>(h) << 16); }
+static inline float bf16_to_float(uint16_t h) {
+  return bits_to_float(static_cast<uint32_t>(h) << 16);
+}
 
 static inline uint16_t float_to_bf16(float f) {
   uint32_t u = float_to_bits(f);
@@ -53,8 +63,9 @@ static inline uint16_t float_to_fp16(float f) {
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
 }
 
-static inline float half_to_float(uint16_t h, DType t) { return t == DType::bf16 ? bf16_to_float(h) : fp16_to_float(h); }
-
+static inline float half_to_float(uint16_t h, DType t) {
+  return t == DType::bf16 ? bf16_to_float(h) : fp16_to_float(h);
+}
 
 static inline float load_float(const void* x, int64_t i, DType t) {
   if (t == DType::fp32) return static_cast<const float*>(x)[i];

@@ -39,7 +39,9 @@ Features detect() {
   constexpr unsigned kAmxTileInt8 = 1u << 24 | 1u << 25;
   f.avx2 = has_avx2 && (state & 0x6) == 0x6;
   f.avx512 = f.avx2 && has_avx512 && (state & 0xe6) == 0xe6;
-  f.why_avx2 = f.avx2 ? "" : has_avx2 ? "the system does not save AVX registers" : "the processor lacks AVX2, FMA or F16C";
+  f.why_avx2 = f.avx2     ? ""
+               : has_avx2 ? "the system does not save AVX registers"
+                          : "the processor lacks AVX2, FMA or F16C";
   f.why_avx512 = f.avx512     ? ""
                  : has_avx512 ? "the system does not save AVX-512 registers"
                               : "the processor lacks AVX-512 (F, BW, DQ, VL) or VNNI";

@@ -5,8 +5,8 @@
 namespace nibble {
 
 #define NIBBLE_QUANTIZE(isa) void quantize_act_##isa(const QuantizeAct&, Range rows)
-#define NIBBLE_LINEAR(isa)                                                                \
-  void linear_##isa(const Linear&, Range rows, Range panels, uint8_t* scratch);           \
+#define NIBBLE_LINEAR(isa)                                                      \
+  void linear_##isa(const Linear&, Range rows, Range panels, uint8_t* scratch); \
   int64_t linear_scratch_##isa(int64_t m, int64_t k)
 #define NIBBLE_AWQ(isa) void awq_linear_##isa(const AwqLinear&, Range panels)
 

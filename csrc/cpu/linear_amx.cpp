@@ -40,7 +40,9 @@ struct ProcessorTiles {
 
 }  // namespace
 
-int64_t linear_scratch_amx(int64_t m, int64_t k) { return amx_scratch(m, k); }
+int64_t linear_scratch_amx(int64_t m, int64_t k) {
+  return amx_scratch(m, k);
+}
 
 void linear_amx(const Linear& p, Range rows, Range panels, uint8_t* scratch) {
   linear_tiles<ProcessorTiles>(p, rows, panels, scratch);

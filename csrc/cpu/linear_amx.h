@@ -5,9 +5,9 @@
 //   A0  16 x  C0          C1               C: 16 x 16 int32, one group of 64 inputs = one step
 //   A1  16 x  C2          C3
 //
-// A group's four products are stored and promoted: acc += float(C) * scale. The promotion of group g - 1 is issued after
-// the tile work of group g, so that the vector units work while the tile unit does. Weights are widened to signed bytes
-// once a block of tokens, two panels at a time; tokens are copied into tiles once a block.
+// A group's four products are stored and promoted: acc += float(C) * scale. The promotion of group g - 1 is issued
+// after the tile work of group g, so that the vector units work while the tile unit does. Weights are widened to signed
+// bytes once a block of tokens, two panels at a time; tokens are copied into tiles once a block.
 #pragma once
 #include "kernels.h"
 #include "linear_avx512.h"
@@ -18,7 +18,9 @@ namespace {
 constexpr int64_t kTileRows = 16, kTileBytes = 1024, kPair = 32;
 constexpr int64_t kTokenBytes = 768 << 10;  // of token codes a thread keeps near while panels pass
 
-inline int64_t block_rows(int64_t k) { return max64(1, kTokenBytes / (kPair * k)) * kPair; }
+inline int64_t block_rows(int64_t k) {
+  return max64(1, kTokenBytes / (kPair * k)) * kPair;
+}
 inline int64_t amx_scratch(int64_t m, int64_t k) {
   return (min64(block_rows(k), ceil_div(m, kPair) * kPair) + kPair) * k;
 }
@@ -103,7 +105,8 @@ void multiply_pair(Tiles& t, const Linear& p, Range rows, Range panels, const ui
       t.template multiply<2, 5, 6>();
       t.template multiply<3, 5, 7>();
       int32_t* to = products[g % 2];
-      t.template store<0>(to), t.template store<1>(to + 256), t.template store<2>(to + 512), t.template store<3>(to + 768);
+      t.template store<0>(to), t.template store<1>(to + 256), t.template store<2>(to + 512),
+          t.template store<3>(to + 768);
     }
     if (g > 0) promote(p, rows, panels, g - 1, products[(g - 1) % 2], acc);
   }

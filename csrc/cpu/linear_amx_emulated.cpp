@@ -35,7 +35,9 @@ struct EmulatedTiles {
 
 }  // namespace
 
-int64_t linear_scratch_amx_emulated(int64_t m, int64_t k) { return amx_scratch(m, k); }
+int64_t linear_scratch_amx_emulated(int64_t m, int64_t k) {
+  return amx_scratch(m, k);
+}
 
 void linear_amx_emulated(const Linear& p, Range rows, Range panels, uint8_t* scratch) {
   linear_tiles<EmulatedTiles>(p, rows, panels, scratch);

@@ -9,8 +9,8 @@
 namespace nibble {
 namespace {
 
-constexpr int kTile = 4;     // 4 sums each of 16 bits, 32 bits and fp32, 2 weights, mask, ones: 16 registers
-constexpr int kBlock = 32;   // tokens that meet a weight panel while it is in the cache
+constexpr int kTile = 4;    // 4 sums each of 16 bits, 32 bits and fp32, 2 weights, mask, ones: 16 registers
+constexpr int kBlock = 32;  // tokens that meet a weight panel while it is in the cache
 
 // sums [rows][K/64]: -8 * the sum of a group's codes.
 void group_sums(const Linear& p, Range rows, int32_t* sums) {
@@ -84,7 +84,9 @@ constexpr Multiply kMultiply[kTile] = {multiply<1>, multiply<2>, multiply<3>, mu
 
 }  // namespace
 
-int64_t linear_scratch_avx2(int64_t, int64_t k) { return kBlock * (k / kGroup) * 4; }
+int64_t linear_scratch_avx2(int64_t, int64_t k) {
+  return kBlock * (k / kGroup) * 4;
+}
 
 void linear_avx2(const Linear& p, Range rows, Range panels, uint8_t* scratch) {
   int32_t* sums = reinterpret_cast<int32_t*>(scratch);

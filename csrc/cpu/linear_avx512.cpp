@@ -21,9 +21,13 @@ namespace {
 constexpr int kTile = 14;                   // 14 integer and 14 fp32 sums, 2 weights, mask, scale: 32 registers
 constexpr int64_t kBlockBytes = 384 << 10;  // of token codes a thread keeps near while panels pass
 
-int64_t tiles_per_block(int64_t k) { return max64(1, kBlockBytes / (kTile * k)); }
+int64_t tiles_per_block(int64_t k) {
+  return max64(1, kBlockBytes / (kTile * k));
+}
 // One tile of codes, with room for the last 64-byte store, then its sums.
-int64_t tile_stride(int64_t k) { return kTile * k + 64 + kTile * (k / kGroup) * 4 + 64; }
+int64_t tile_stride(int64_t k) {
+  return kTile * k + 64 + kTile * (k / kGroup) * 4 + 64;
+}
 
 struct Tile {
   int32_t* act;   // [K/4][rows]

@@ -27,7 +27,9 @@ float dot_scaled(const Linear& p, int64_t row, int64_t panel, int64_t lane) {
 
 }  // namespace
 
-int64_t linear_scratch_scalar(int64_t, int64_t) { return 0; }
+int64_t linear_scratch_scalar(int64_t, int64_t) {
+  return 0;
+}
 
 void linear_scalar(const Linear& p, Range rows, Range panels, uint8_t*) {
   const Weight& w = *p.w;

@@ -21,7 +21,8 @@ struct OpenMp {
 int find_runtime(dl_phdr_info* info, size_t, void* out) {
   const char* slash = strrchr(info->dlpi_name, '/');
   const char* name = slash ? slash + 1 : info->dlpi_name;
-  if (strncmp(name, "libgomp", 7) != 0 && strncmp(name, "libiomp5", 8) != 0 && strncmp(name, "libomp", 6) != 0) return 0;
+  if (strncmp(name, "libgomp", 7) != 0 && strncmp(name, "libiomp5", 8) != 0 && strncmp(name, "libomp", 6) != 0)
+    return 0;
   void* library = dlopen(info->dlpi_name, RTLD_NOLOAD | RTLD_LAZY);
   if (!library) return 0;
   OpenMp found;
@@ -52,7 +53,9 @@ struct Job {
   }
 };
 
-void openmp_body(void* data) { static_cast<const Job*>(data)->share(openmp().thread_num(), openmp().num_threads()); }
+void openmp_body(void* data) {
+  static_cast<const Job*>(data)->share(openmp().thread_num(), openmp().num_threads());
+}
 
 }  // namespace
 

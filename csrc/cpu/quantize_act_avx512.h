@@ -15,7 +15,9 @@ inline __m512 smoothed16(const void* row, const float* inv_smooth, int64_t k) {
 }
 
 // Magnitudes are compared as integers: NaN is then the largest, so it reaches the scale.
-inline __m512i magnitude(__m512 v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
+inline __m512i magnitude(__m512 v) {
+  return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
+}
 
 struct RunScale {
   float scale, inverse;

@@ -15,7 +15,17 @@ import torch
 
 from engine.errors import BackendError
 
-__all__ = ["NAMES", "BackendInfo", "TableRow", "available", "cpu_kernels", "isa_index", "select", "table"]
+__all__ = [
+    "NAMES",
+    "BackendInfo",
+    "TableRow",
+    "available",
+    "cpu_kernels",
+    "cuda_kernels",
+    "isa_index",
+    "select",
+    "table",
+]
 
 # Best first. `amx_emulated` runs the AMX code on emulated tiles: it can be packed for, in tests, but is never chosen.
 _CPU = ("amx", "avx512", "avx2", "scalar")
@@ -53,6 +63,15 @@ def cpu_kernels() -> ModuleType:
     if module is None:
         raise BackendError(f"{why}. Build it with `pip install -e .`.")
     return module
+
+
+def cuda_kernels() -> ModuleType | None:
+    """The compiled CUDA module, or None where it was not built. Loads without a driver."""
+    try:
+        from engine.kernels import _cuda
+    except ImportError:
+        return None
+    return _cuda
 
 
 @lru_cache(maxsize=16)

@@ -34,7 +34,8 @@ def _reference_linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: to
 def _quantize_act(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor, Tensor, Tensor]:
     parsed = parse(spec)
     run = _reference_quantize if parsed.backend == "reference" else cpu.quantize_act
-    return tuple(run(x, blob, parsed, mode))
+    codes, scales, low_rank = run(x, blob, parsed, mode)
+    return codes, scales, low_rank
 
 
 def _linear(codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype) -> Tensor:
