@@ -1,0 +1,139 @@
+"""The small SANA's training pictures: captions written by worker processes, pictures drawn and encoded on the device.
+
+Most pictures are 256 pixels wide. Some are 512, because SanaPipeline's resolution binning makes every picture at 512
+unless it is told not to; latents of both live side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import time
+from collections.abc import Generator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from zoo import scenes
+from zoo.train.captions import augment, labels
+from zoo.train.dist import World
+from zoo.train.log import Log
+from zoo.train.sana_text import Encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to draw: `pictures` scenes from number `start` of a seed and split, with `captions` texts each."""
+
+    seed: int
+    split: str
+    start: int
+    pictures: int
+    chunk: int
+    captions: int
+    length: int
+    tokenizer: Path
+
+
+@dataclasses.dataclass
+class Pool:
+    """P pictures on the device. `images` goes once `latents` is there."""
+
+    images: torch.Tensor | None  # (P, 3, S, S) uint8
+    ids: torch.Tensor  # (P, C, L) int16, C captions a picture, without the instruction
+    labels: torch.Tensor  # (P, 128) uint8, see zoo.train.captions.labels
+    latents: torch.Tensor | None = None  # (P, 32, S/32, S/32) bfloat16, scaled as the pipeline scales
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def write_chunk(job: Job, index: int) -> dict[str, np.ndarray]:
+    """Chunk `index` of a job, written in a worker process: `ids` (S, C, L), `labels` (S, 128) and `scene.<field>`.
+
+    Arrays, not tensors: tensors would travel through shared memory, of which a container may have little.
+    """
+    first = index * job.chunk
+    drawn = scenes.sample(min(job.chunk, job.pictures - first), job.seed, job.split, start=job.start + first)
+    encode, rng = Encoder(job.tokenizer, job.length), random.Random(f"{job.seed} {job.split} {job.start + first}")
+    rows = []
+    for _ in range(job.captions):
+        said = scenes.captions(drawn, rng.getrandbits(32))
+        said = [augment(text, rng) for text in said] if job.split == "train" else said
+        rows.append(torch.from_numpy(encode(said)))
+    fields = {f"scene.{f.name}": getattr(drawn, f.name) for f in dataclasses.fields(drawn)}
+    tensors = {"ids": torch.stack(rows, 1), "labels": labels(drawn), **fields}
+    return {name: value.numpy() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+
+
+def read_chunk(job: Job, chunk: dict[str, np.ndarray]) -> tuple[scenes.Scenes, torch.Tensor, torch.Tensor]:
+    """Scenes, ids and labels of a written chunk."""
+    tensors = {name: torch.from_numpy(value) for name, value in chunk.items()}
+    fields = {name.removeprefix("scene."): value for name, value in tensors.items() if name.startswith("scene.")}
+    return scenes.Scenes(seed=job.seed, split=job.split, **fields), tensors["ids"], tensors["labels"]
+
+
+def _settle() -> None:
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+class Writers:
+    """Worker processes shared by all pools of a run."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self.pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_settle)
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def chunks(self, job: Job) -> Generator[Future]:
+        """Results in order, a few ahead of the reader."""
+        count = -(-job.pictures // job.chunk)
+        ahead = [self.pool.submit(write_chunk, job, index) for index in range(min(count, 2 * self.processes))]
+        try:
+            for index in range(count):
+                yield ahead.pop(0)
+                following = index + 2 * self.processes
+                if following < count:
+                    ahead.append(self.pool.submit(write_chunk, job, following))
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def build(job: Job, size: int, config: dict, writers: Writers, world: World, log: Log, seconds: float) -> Pool:
+    """Draw up to `job.pictures` pictures of `size` pixels; `seconds` after the first chunk came it stops."""
+    make = lambda *shape, kind: torch.zeros(job.pictures, *shape, dtype=kind, device=world.device)  # noqa: E731
+    pool = Pool(make(3, size, size, kind=torch.uint8), make(job.captions, job.length, kind=torch.int16),
+                make(128, kind=torch.uint8))  # fmt: skip
+    began = said = time.time()
+    filled = 0
+    chunks = writers.chunks(job)
+    for future in chunks:
+        drawn, ids, found = read_chunk(job, future.result(timeout=300))
+        began = began if filled else time.time()
+        at = filled
+        pool.ids[at : at + len(drawn)], pool.labels[at : at + len(drawn)] = ids.to(world.device), found.to(world.device)
+        parts = scenes.stream(drawn, size, world.device, config["oversample"], config["compile"] and world.cuda)
+        for part in parts:
+            pool.images[filled : filled + len(part.image)] = part.image
+            filled += len(part.image)
+        if world.cuda:
+            torch.cuda.synchronize()
+        if time.time() - said > 5:
+            said = time.time()
+            log("render", size=size, split=job.split, pictures=filled, pic_s=round(filled / (said - began), 1))
+        if time.time() - began > seconds:
+            break
+    chunks.close()
+    log("render", size=size, split=job.split, pictures=filled, took=round(time.time() - began, 1))
+    return Pool(pool.images[:filled], pool.ids[:filled], pool.labels[:filled])
