@@ -25,6 +25,7 @@ from engine.errors import (
 from engine.request import Request, Result, Step, read_metadata
 
 if TYPE_CHECKING:
+    from engine.checkpoint.pretrained import SVDQuantFluxTransformer, SVDQuantSanaTransformer, SVDQuantT5Encoder
     from engine.generate import Engine
 
 __version__ = "0.1.0"
@@ -40,6 +41,9 @@ __all__ = [
     "Request",
     "RequestError",
     "Result",
+    "SVDQuantFluxTransformer",
+    "SVDQuantSanaTransformer",
+    "SVDQuantT5Encoder",
     "Step",
     "__version__",
     "read_metadata",
@@ -52,4 +56,8 @@ def __getattr__(name: str) -> Any:
         from engine.generate import Engine
 
         return Engine
+    if name in ("SVDQuantFluxTransformer", "SVDQuantSanaTransformer", "SVDQuantT5Encoder"):
+        from engine.checkpoint import pretrained
+
+        return getattr(pretrained, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

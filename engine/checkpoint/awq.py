@@ -52,6 +52,9 @@ class AwqPiece:
     def optional(self) -> dict[str, tuple[int, ...]]:
         return {}
 
+    def present(self, small: Tensors) -> set[str]:
+        return set()
+
     def decode(self, raw: Tensors) -> dict[str, Tensor]:
         groups = self.k // self.group
         plain = {"codes": packing.unpack_awq_codes(raw[f"{self.prefix}.qweight"], self.chunks)}
@@ -111,6 +114,9 @@ class T5Piece:
 
     def optional(self) -> dict[str, tuple[int, ...]]:
         return {}
+
+    def present(self, small: Tensors) -> set[str]:
+        return set()
 
     def decode(self, raw: Tensors) -> dict[str, Tensor]:
         groups = self.k // _T5_GROUP

@@ -121,6 +121,17 @@ class SvdqPiece:
                 shapes[f"{part.name}.bias"] = (part.n,)
         return shapes
 
+    def present(self, small: Tensors) -> set[str]:
+        there = {part: small[self._name(part)] for part in self.names if self._name(part) in small}
+        found = {part for part in ("wtscale", "wcscales") if part in there}
+        if "smooth_orig" in there and not same_bits(there["smooth_orig"], there["smooth"]):
+            found.add("smooth_orig")
+        names = {f"{part.name}.{kind}" for part in self.parts for kind in found}
+        if "bias" in there:
+            bias = packing.unpack_vector(there["bias"])
+            names |= {f"{p.name}.bias" for p in self.parts if p.bias == "maybe" and not _is_zero(bias[p.rows])}
+        return names
+
     def decode(self, raw: Tensors) -> dict[str, Tensor]:
         plain = self._plain(raw)
         tensors: dict[str, Tensor] = {}

@@ -34,6 +34,14 @@ class LiteSvdqPiece(SvdqPiece):
         shapes = super().stored()
         return {name: replace(stored, required=True) for name, stored in shapes.items()}
 
+    def present(self, small: Tensors) -> set[str]:
+        if self.precision == "int4":
+            return set()
+        names = ("wtscale", "wcscales")
+        factors = {f"{self.parts[0].name}.{name}": small[f"{self.prefix}.{name}"] for name in names}
+        _drop_ones(factors, self.parts[0].name)
+        return set(factors)
+
     def decode(self, raw: Tensors) -> dict[str, Tensor]:
         tensors = super().decode(raw)
         if self.precision == "nvfp4":
@@ -99,6 +107,10 @@ class ProjOutPiece:
             return {f"{self.prefix}.attn.bias": (self.width,)}
         shapes = {"wtscale": (1,), "wcscales": (self.width,)}
         return {f"{self.prefix}.{half}.{part}": shape for half in ("attn", "mlp") for part, shape in shapes.items()}
+
+    def present(self, small: Tensors) -> set[str]:
+        suffixes = (name.rpartition(".")[2] for name in self._whole().present(small))
+        return {f"{self.prefix}.{half}.{suffix}" for suffix in suffixes for half in ("attn", "mlp")}
 
     def decode(self, raw: Tensors) -> dict[str, Tensor]:
         whole = {name.removeprefix(f"{self.prefix}."): value for name, value in self._whole().decode(raw).items()}
@@ -193,6 +205,9 @@ class DenseProjOutPiece:
 
     def optional(self) -> dict[str, tuple[int, ...]]:
         return {}
+
+    def present(self, small: Tensors) -> set[str]:
+        return set()
 
     def decode(self, raw: Tensors) -> dict[str, Tensor]:
         weight = raw[f"{self.prefix}.weight"]

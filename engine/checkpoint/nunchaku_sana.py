@@ -120,6 +120,9 @@ class KeyValue:
     def optional(self) -> dict[str, tuple[int, ...]]:
         return {}
 
+    def present(self, small: Tensors) -> set[str]:
+        return set()
+
     def decode(self, raw: Tensors) -> dict[str, Tensor]:
         tensors = {}
         for kind in ("weight", "bias"):
@@ -161,6 +164,9 @@ class DepthConv:
 
     def optional(self) -> dict[str, tuple[int, ...]]:
         return {}
+
+    def present(self, small: Tensors) -> set[str]:
+        return set()
 
     def decode(self, raw: Tensors) -> dict[str, Tensor]:
         start = f"{self.block}.ff.depth_conv"

@@ -56,6 +56,10 @@ class Piece(Protocol):
         """Names and shapes of canonical tensors that may be there."""
         ...
 
+    def present(self, small: Tensors) -> set[str]:
+        """Which of the optional ones `decode` will give; `small` holds the stored 1-D tensors."""
+        ...
+
     def decode(self, raw: Tensors) -> dict[str, Tensor]:
         """Stored tensors, by stored name, to canonical ones."""
         ...
@@ -81,6 +85,9 @@ class Copy:
 
     def optional(self) -> dict[str, tuple[int, ...]]:
         return {}
+
+    def present(self, small: Tensors) -> set[str]:
+        return set()
 
     def decode(self, raw: Tensors) -> dict[str, Tensor]:
         return {self.name: raw[self.source]}

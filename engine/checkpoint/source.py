@@ -136,7 +136,8 @@ class PublishedSource:
         small = {
             name: self.files[name] for name in piece.stored() if name in self.files and len(self.files.shape(name)) == 1
         }
-        return {name: shape for name, shape in optional.items() if _is_there(name, piece, small)}
+        there = piece.present(small)
+        return {name: shape for name, shape in optional.items() if name in there}
 
 
 def check_stored(files: TensorFiles, pieces: Sequence[Piece]) -> None:
@@ -166,16 +167,6 @@ def _complain(files: TensorFiles, name: str, shape: tuple[int, ...], stored: Sto
     if len(shape) == 2 and shape[0] == stored.shape[0] and "lora_" in name.rpartition(".")[2]:
         raise CheckpointError(f"{files.path}: {name} has rank {shape[1]}, but the checkpoint says {stored.shape[1]}")
     raise CheckpointError(f"{files.path}: {name} has shape {shape}, expected {stored.shape}")
-
-
-def _is_there(name: str, piece: Piece, small: Mapping[str, Tensor]) -> bool:
-    suffix = name.rpartition(".")[2]
-    stored = {stored.rpartition(".")[2]: tensor for stored, tensor in small.items()}
-    if suffix == "smooth_orig":
-        return suffix in stored and not torch.equal(stored[suffix], stored["smooth"])
-    if suffix == "bias":
-        return suffix in stored and bool(stored["bias"].count_nonzero())
-    return suffix in stored
 
 
 def _agree(decoded: Tensor, exact: Tensor, raw: Mapping[str, Tensor]) -> bool:
