@@ -61,7 +61,7 @@ def build(config: dict, tokenizers: Path) -> Parts:
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     vae = AutoencoderKL(
         down_block_types=down, up_block_types=up, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False,
-        sample_size=256, force_upcast=False, **config["vae"],
+        sample_size=256, force_upcast=False, scaling_factor=1.0, shift_factor=0.0, **config["vae"],
     )  # fmt: skip
     transformer = FluxTransformer2DModel(**config["transformer"])
     initialize(transformer)
