@@ -3,8 +3,8 @@
     python -m zoo.probe.train --minutes 3 --device cuda --out zoo/weights/probe
     python -m zoo.probe.train --minutes 10 --pool 600 --held-out 100 --out probe        # a rough one, on a CPU
 
-The time budget covers everything: at most a third of it goes into rendering (the pool may stay smaller than asked), then
-training runs until shortly before its end, and the accuracy on held-out scenes is written beside the weights.
+The time budget covers everything. At most a third of it goes into rendering (the pool may stay smaller than asked),
+then training runs until shortly before its end; the accuracy on held-out scenes is written beside the weights.
 """
 
 from __future__ import annotations
