@@ -10,38 +10,19 @@ import torch
 from diffusers import FluxControlPipeline
 
 from zoo import scenes
-from zoo.train import adapt, control, dist, lora, models, vocab
+from zoo.train import adapt, control, dist, lora, models
 from zoo.train.edges import edge_f1
 from zoo.train.log import read
 from zoo.train.maps import depth_maps, inverse_depth
 
-SMOKE = Path(control.CONFIG).with_name("smoke.json")
 CONFIG = json.loads(Path(control.CONFIG).with_name("control_smoke.json").read_text())
 WORLD = dist.World(0, 1, torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A FLUX folder of the real classes at the smallest size, with random weights."""
-    folder = tmp_path_factory.mktemp("base")
-    words = vocab.vocabulary_words(scenes.vocabulary())
-    vocab.build_clip(words, folder / "tokenizers" / "tokenizer")
-    vocab.build_t5(words, folder / "tokenizers" / "tokenizer_2")
-    config = json.loads(SMOKE.read_text())
-    torch.manual_seed(0)
-    parts = models.build(config, folder / "tokenizers")
-    for p in parts.transformer.parameters():  # a new model's zero gates would hide most of it
-        torch.nn.init.normal_(p, std=0.05) if not p.any() else None
-    parts.vae.register_to_config(scaling_factor=0.7, shift_factor=0.1)
-    models.quiet()
-    models.export(parts, config["scheduler"], folder / "tokenizers", folder / "model")
-    return folder / "model"
-
-
-def tuned(base: Path, in_channels: int = 128) -> adapt.Tuned:
+def tuned(flux_base: Path, in_channels: int = 128) -> adapt.Tuned:
     """A model with LoRA that already does something."""
     torch.manual_seed(1)
-    made = adapt.Tuned(base, CONFIG, in_channels, adapt.read_start(in_channels), WORLD)
+    made = adapt.Tuned(flux_base, CONFIG, in_channels, adapt.read_start(in_channels), WORLD)
     with torch.no_grad():
         for layer in lora.layers(made.parts.transformer).values():
             layer.lora_B.normal_(std=0.05)
@@ -66,12 +47,12 @@ def velocity(model: adapt.Tuned, b: dict, guidance: float = 3.0) -> torch.Tensor
         return model.velocity(b["x0"], b["condition"], torch.full((n,), 0.5), *texts, torch.full((n,), guidance))
 
 
-def test_a_new_lora_changes_nothing_and_ignores_the_condition(base):
-    made = adapt.Tuned(base, CONFIG, 128, adapt.read_start(128), WORLD)
+def test_a_new_lora_changes_nothing_and_ignores_the_condition(flux_base):
+    made = adapt.Tuned(flux_base, CONFIG, 128, adapt.read_start(128), WORLD)
     b = fake_batch(2)
     other = {**b, "condition": b["condition"] + 1}
     assert torch.equal(velocity(made, b), velocity(made, other))
-    plain = models.load(base).transformer
+    plain = models.load(flux_base).transformer
     texts = made.joint.text(b["clip"], b["t5"])
     ids = torch.zeros(64, 3), made.joint.image_ids
     with torch.no_grad():
@@ -80,11 +61,11 @@ def test_a_new_lora_changes_nothing_and_ignores_the_condition(base):
 
 
 @pytest.mark.parametrize("without_metadata", [False, True])
-def test_diffusers_loads_the_file_and_computes_the_same(base, tmp_path, without_metadata):
-    made = tuned(base)
+def test_diffusers_loads_the_file_and_computes_the_same(flux_base, tmp_path, without_metadata):
+    made = tuned(flux_base)
     size = lora.save(made.parts.transformer, tmp_path, {"kind": "canny"})
     assert size == (tmp_path / lora.WEIGHTS).stat().st_size
-    pipe = FluxControlPipeline.from_pretrained(base)
+    pipe = FluxControlPipeline.from_pretrained(flux_base)
     if without_metadata:  # ranks that differ must also be understood from the tensors alone
         tensors, _ = lora.read_file(tmp_path)
         pipe.load_lora_weights({f"transformer.{key}": value for key, value in tensors.items()})
@@ -101,9 +82,9 @@ def test_diffusers_loads_the_file_and_computes_the_same(base, tmp_path, without_
     torch.testing.assert_close(got, velocity(made, b), rtol=1e-4, atol=1e-4)
 
 
-def test_the_pipeline_paints_and_the_control_map_matters(base, tmp_path):
-    lora.save(tuned(base).parts.transformer, tmp_path)
-    pipe = FluxControlPipeline.from_pretrained(base, torch_dtype=torch.bfloat16)
+def test_the_pipeline_paints_and_the_control_map_matters(flux_base, tmp_path):
+    lora.save(tuned(flux_base).parts.transformer, tmp_path)
+    pipe = FluxControlPipeline.from_pretrained(flux_base, torch_dtype=torch.bfloat16)
     pipe.load_lora_weights(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     paint = lambda level: pipe(  # noqa: E731
@@ -114,16 +95,16 @@ def test_the_pipeline_paints_and_the_control_map_matters(base, tmp_path):
     assert not torch.equal(paint(0.0), paint(1.0))
 
 
-def test_a_merged_folder_paints_as_training_did(base, tmp_path):
-    made = tuned(base)
+def test_a_merged_folder_paints_as_training_did(flux_base, tmp_path):
+    made = tuned(flux_base)
     lora.save(made.parts.transformer, tmp_path / "lora")
-    lora.main(["--base", str(base), "--lora", str(tmp_path / "lora"), "--pipeline", "FluxControlPipeline", "--out",
+    lora.main(["--base", str(flux_base), "--lora", str(tmp_path / "lora"), "--pipeline", "FluxControlPipeline", "--out",
                str(tmp_path / "whole")])  # fmt: skip
     pipe = FluxControlPipeline.from_pretrained(tmp_path / "whole")
     assert type(pipe) is FluxControlPipeline
     assert pipe.transformer.config.in_channels == 128
     assert pipe.transformer.config.out_channels == 64
-    merged = lora.merge(base, tmp_path / "lora")
+    merged = lora.merge(flux_base, tmp_path / "lora")
     b = fake_batch(1)
     texts = made.joint.text(b["clip"], b["t5"])
     with torch.no_grad():
@@ -132,10 +113,10 @@ def test_a_merged_folder_paints_as_training_did(base, tmp_path):
     torch.testing.assert_close(got, velocity(made, b), rtol=1e-4, atol=1e-4)
 
 
-def test_every_layer_learns_under_autocast(base, monkeypatch):
+def test_every_layer_learns_under_autocast(flux_base, monkeypatch):
     """A pass without gradients comes first in each step; its 16-bit weights must not serve the second."""
     monkeypatch.setattr(adapt, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
-    made = tuned(base)
+    made = tuned(flux_base)
     step = adapt.Step(made, lambda n, g: fake_batch(n), CONFIG["train"], WORLD, torch.Generator().manual_seed(0))
     loss = step()
     assert torch.isfinite(loss)
@@ -147,8 +128,8 @@ def test_every_layer_learns_under_autocast(base, monkeypatch):
     assert not frozen
 
 
-def test_the_guided_half_aims_further_along_the_prompt(base):
-    made = tuned(base)
+def test_the_guided_half_aims_further_along_the_prompt(flux_base):
+    made = tuned(flux_base)
     b, count = fake_batch(4), 2
     with torch.no_grad():
         said = made.joint.text(b["clip"], b["t5"])
@@ -161,10 +142,10 @@ def test_the_guided_half_aims_further_along_the_prompt(base):
     torch.testing.assert_close(direction, want, rtol=1e-4, atol=1e-5)
 
 
-def test_one_case_can_be_learnt(base):
+def test_one_case_can_be_learnt(flux_base):
     """The loss of a single repeated case falls well below that of the base: the condition path really trains."""
     torch.manual_seed(2)
-    made = adapt.Tuned(base, {**CONFIG, "lora": {"rank": 16}}, 128, adapt.read_start(128), WORLD)
+    made = adapt.Tuned(flux_base, {**CONFIG, "lora": {"rank": 16}}, 128, adapt.read_start(128), WORLD)
     b = fake_batch(4)
     config = {**CONFIG["train"], "lr": 1e-2, "guidance": [1.0, 1.0]}
     optimizer = torch.optim.Adam([p for p in made.parameters() if p.requires_grad], lr=config["lr"])
@@ -179,8 +160,8 @@ def test_one_case_can_be_learnt(base):
 
 
 @pytest.mark.slow
-def test_the_driver_runs_from_start_to_sheet(base, tmp_path):
-    control.main(["--kind", "canny", "depth", "--base", str(base), "--out", str(tmp_path), "--minutes", "5", "--device",
+def test_the_driver_runs_from_start_to_sheet(flux_base, tmp_path):
+    control.main(["--kind", "canny", "depth", "--base", str(flux_base), "--out", str(tmp_path), "--minutes", "5", "--device",
                   "cpu", "--config", str(Path(control.CONFIG).with_name("control_smoke.json")), "--max-steps", "2"])  # fmt: skip
     for kind in ("canny", "depth"):
         assert (tmp_path / kind / lora.WEIGHTS).is_file()
