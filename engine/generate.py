@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from engine import ops
-from engine.errors import ArgumentError, Cancelled, ModelError
+from engine.errors import ArgumentError, Cancelled
 from engine.linear import resolve_activation
 from engine.memory import PeakMeter, module_bytes
 from engine.models import loading
 from engine.models.catalogue import ModelSpec, resolve
+from engine.models.families import family
 from engine.request import Request, Result, Step
 
 __all__ = ["Engine", "pick_device"]
@@ -60,6 +61,7 @@ class Engine:
         self.backend = backend
         self.device = device
         self.pipe = pipe
+        self.runner = family(spec.family).runner
         self.weight_bytes = module_bytes(pipe.transformer)
         self._warm: set[tuple[int, int]] = set()
 
@@ -82,7 +84,9 @@ class Engine:
         """
         spec = resolve(model)
         if precision not in spec.precisions:
-            raise ArgumentError(f"precision: expected one of {', '.join(spec.precisions)} for {spec.name}, got {precision!r}")
+            raise ArgumentError(
+                f"precision: expected one of {', '.join(spec.precisions)} for {spec.name}, got {precision!r}"
+            )
         if share is not None and share.spec != spec:
             raise ArgumentError(f"share: expected an engine of {spec.name}, got one of {share.spec.name}")
         where = pick_device(device)
@@ -112,11 +116,11 @@ class Engine:
         held = sum(module_bytes(part) for part in self.pipe.components.values() if isinstance(part, torch.nn.Module))
         with PeakMeter(self.device, held) as memory:
             clock = _Clock(self.device)
-            text = self._encode(request.prompt)
+            text = self.runner.encode(self.pipe, self.spec, request, self.device)
             clock.lap("encode")
             latents = self._denoise(request, text, on_step, should_stop)
             clock.lap("denoise")
-            image = self._decode(latents, request)
+            image = self.runner.decode(self.pipe, latents, request)
             clock.lap("decode")
         return Result(
             image=image,
@@ -142,14 +146,9 @@ class Engine:
         from dataclasses import replace
 
         once = replace(request, steps=1)
-        self._decode(self._denoise(once, self._encode(once.prompt), None, None), once)
+        text = self.runner.encode(self.pipe, self.spec, once, self.device)
+        self.runner.decode(self.pipe, self._denoise(once, text, None, None), once)
         self._warm.add(size)
-
-    def _encode(self, prompt: str) -> dict[str, torch.Tensor]:
-        embeds, pooled, _ = self.pipe.encode_prompt(
-            prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=self.spec.max_sequence_length
-        )
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def _denoise(
         self,
@@ -170,28 +169,10 @@ class Engine:
                 pipe._interrupt = True
             return values
 
-        output = self.pipe(
-            **text,
-            **request.inputs,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            max_sequence_length=self.spec.max_sequence_length,
-            output_type="latent",
-            callback_on_step_end=after_step,
-        )
+        latents = self.runner.denoise(self.pipe, self.spec, request, text, after_step)
         if stopped:
             raise Cancelled("the run was stopped")
-        return output.images
-
-    def _decode(self, latents: torch.Tensor, request: Request) -> Any:
-        pipe, config = self.pipe, self.pipe.vae.config
-        latents = pipe._unpack_latents(latents, request.height, request.width, pipe.vae_scale_factor)
-        latents = latents / config.scaling_factor + config.shift_factor
-        pixels = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
-        return pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
+        return latents
 
 
 class _Clock:

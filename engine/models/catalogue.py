@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.errors import ModelError
+from engine.models.families import FAMILIES, family_of_pipeline
 
 __all__ = ["CATALOGUE", "ModelSpec", "Range", "names", "resolve", "zoo_folder"]
 
@@ -96,9 +97,44 @@ def _tiny() -> ModelSpec:
     )
 
 
+def _tiny_sana() -> ModelSpec:
+    zoo = zoo_folder()
+    return ModelSpec(
+        name="tiny-sana",
+        title="Tiny SANA",
+        family="sana",
+        pipeline="SanaPAGPipeline",
+        source=str(zoo / "sana-tiny"),
+        checkpoints={"int4": str(zoo / "sana-tiny-int4")},
+        steps=Range(20, 1, 50),
+        guidance=Range(4.5, 1.0, 10.0, 0.1),
+        size=Range(256, 256, 512, 32),
+        max_sequence_length=64,
+        licence="Apache-2.0",
+    )
+
+
+def _sana() -> ModelSpec:
+    return ModelSpec(
+        name="sana-1.6b",
+        title="SANA 1.6B",
+        family="sana",
+        pipeline="SanaPAGPipeline",
+        source="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+        checkpoints={"int4": "nunchaku-tech/nunchaku-sana/svdq-int4_r32-sana1.6b.safetensors"},
+        steps=Range(20, 1, 50),
+        guidance=Range(5.0, 1.0, 10.0, 0.1),
+        size=Range(1024, 256, 4096, 32),
+        max_sequence_length=300,
+        licence="NVIDIA License (NSCL v2-custom); text encoder: Gemma Terms of Use",
+        download_gib=9.0,
+    )
+
+
 def _rows() -> tuple[ModelSpec, ...]:
     return (
         _tiny(),
+        _tiny_sana(),
         _flux(
             "flux.1-schnell",
             "FLUX.1 [schnell]",
@@ -109,11 +145,12 @@ def _rows() -> tuple[ModelSpec, ...]:
             licence="Apache-2.0",
         ),
         _flux("flux.1-dev", "FLUX.1 [dev]", "FLUX.1-dev", licence="FLUX.1 [dev] Non-Commercial License"),
+        _sana(),
     )
 
 
 CATALOGUE: Mapping[str, ModelSpec] = {spec.name: spec for spec in _rows()}
-ALIASES: Mapping[str, str] = {"schnell": "flux.1-schnell", "dev": "flux.1-dev"}
+ALIASES: Mapping[str, str] = {"schnell": "flux.1-schnell", "dev": "flux.1-dev", "sana": "sana-1.6b"}
 
 
 def names() -> tuple[str, ...]:
@@ -134,7 +171,9 @@ def resolve(model: str | ModelSpec) -> ModelSpec:
     if Path(model).is_dir():
         return _from_folder(Path(model))
     if model.count("/") == 1 and not model.startswith((".", "/")):
-        return ModelSpec(name=model, title=model, family="flux", pipeline="FluxPipeline", source=model)
+        if "sana" in model.lower():
+            return _other("sana", model, model, "SanaPAGPipeline", {})
+        return _other("flux", model, model, "FluxPipeline", {})
     raise ModelError(
         f"model: expected one of {', '.join(names())}, a diffusers folder or a hub id (owner/name), got {model!r}"
     )
@@ -149,10 +188,19 @@ def _from_folder(folder: Path) -> ModelSpec:
     if known is not None:
         return known
     pipeline = json.loads(index.read_text()).get("_class_name", "")
-    if not pipeline.startswith("Flux"):
-        raise ModelError(f"model: {folder} holds a {pipeline or 'nameless pipeline'}; expected a Flux pipeline")
+    row = family_of_pipeline(pipeline)
+    if row is None:
+        kinds = " or ".join(family.pipelines for family in FAMILIES.values())
+        raise ModelError(f"model: {folder} holds a {pipeline or 'nameless pipeline'}; expected a {kinds} pipeline")
     beside = folder.with_name(folder.name + "-int4")
     checkpoints = {"int4": str(beside)} if beside.exists() else {}
-    return ModelSpec(
-        name=folder.name, title=folder.name, family="flux", pipeline=pipeline, source=str(folder), checkpoints=checkpoints
-    )
+    return _other(row.name, folder.name, str(folder), pipeline, checkpoints)
+
+
+def _other(family: str, name: str, source: str, pipeline: str, checkpoints: Mapping[str, str]) -> ModelSpec:
+    """A row for a model that the table does not have, with the limits of its family."""
+    row = ModelSpec(name, name, family, pipeline, source, checkpoints)
+    if family != "sana":
+        return row
+    known = CATALOGUE["sana-1.6b"]
+    return replace(row, steps=known.steps, guidance=known.guidance, size=known.size, max_sequence_length=300)

@@ -185,19 +185,22 @@ def _read_layer(files: Source, model: nn.Module, group: LinearGroup, name: str, 
     tensors = {part: _read(files, f"{name}.{part}", shapes[part]) for part in names}
     if group.kind == "awq":
         return ops.AwqWeight(**tensors)
-    return ops.CanonicalLinear(**_widen(tensors, -k % 64))
+    return ops.CanonicalLinear(**_widen(tensors, -k % 64, (k + -k % 64) // size))
 
 
-def _widen(tensors: dict[str, Tensor], columns: int) -> dict[str, Tensor]:
+def _widen(tensors: dict[str, Tensor], columns: int, groups: int) -> dict[str, Tensor]:
     """Add `columns` inputs that count for nothing, where K is no multiple of 64 (SANA's feed-forward)."""
     if not columns:
         return tensors
+    scales = tensors["wscales"]
+    more_scales = scales.new_zeros(len(scales), groups - scales.shape[1])  # NVFP4: groups of 16 in the added columns
     wide = {"codes": (columns // 2, 0), "smooth": (columns, 1), "lora_down": (columns, 0)}
-    return tensors | {
+    padded = {
         part: nn.functional.pad(tensors[part], (0, more), value=value)
         for part, (more, value) in wide.items()
         if part in tensors
     }
+    return tensors | padded | {"wscales": torch.cat([scales, more_scales], dim=1)}
 
 
 def _read(files: Source, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from engine.errors import CheckpointError, ModelError
 from engine.linear import Activation
 from engine.models.catalogue import ModelSpec
+from engine.models.families import family
 
 __all__ = ["bf16_transformer", "pipeline", "quantized_transformer"]
 
@@ -21,10 +22,9 @@ DTYPE = torch.bfloat16
 
 def bf16_transformer(spec: ModelSpec, device: torch.device) -> Any:
     """Load the 16-bit transformer of `spec` onto `device`."""
-    from diffusers import FluxTransformer2DModel
-
+    transformer_class = family(spec.family).transformer_class
     with _explained(spec):
-        model = FluxTransformer2DModel.from_pretrained(spec.source, subfolder="transformer", torch_dtype=DTYPE)
+        model = transformer_class.from_pretrained(spec.source, subfolder="transformer", torch_dtype=DTYPE)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -32,14 +32,11 @@ def quantized_transformer(
     spec: ModelSpec, precision: str, backend: str, activation: Activation, device: torch.device
 ) -> Any:
     """Load a 4-bit transformer of `spec` onto `device`, its linears re-tiled for `backend`."""
-    from diffusers import FluxTransformer2DModel
-
-    from engine.models import flux
     from engine.models.install import load_quantized
 
-    path = _checkpoint_path(spec, precision)
+    path, row = _checkpoint_path(spec, precision), family(spec.family)
     return load_quantized(
-        path, FluxTransformer2DModel, flux, backend=backend, activation=activation, device=device, dtype=DTYPE
+        path, row.transformer_class, row.leaves, backend=backend, activation=activation, device=device, dtype=DTYPE
     )
 
 
@@ -61,8 +58,9 @@ def pipeline(spec: ModelSpec, transformer: Any, device: torch.device, share: Any
                 part.to(device).eval().requires_grad_(False)
         if device.type == "cpu":
             # A CPU without 16-bit arithmetic is many times slower at BF16 convolutions, and loses accuracy for nothing.
-            pipe.vae.to(torch.float32)
+            torch.nn.Module.to(pipe.vae, torch.float32)  # diffusers' own `to` warns of what it does not do
     pipe.set_progress_bar_config(disable=True)
+    family(spec.family).runner.settle(pipe)
     return pipe
 
 
@@ -98,7 +96,9 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
         raise ModelError(f"{spec.source}: no such model on the hub, or it is private; check the name") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         if spec.local:
-            raise ModelError(f"{spec.source}: cannot be opened ({_first_line(error)}); fetch the folder again") from error
+            raise ModelError(
+                f"{spec.source}: cannot be opened ({_first_line(error)}); fetch the folder again"
+            ) from error
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelError(
             f"{spec.source}: not on this machine and the hub does not answer{offline}: {_first_line(error)}."

@@ -9,17 +9,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.plan import LinearGroup
 
 if TYPE_CHECKING:
     from diffusers import SanaTransformer2DModel
+    from diffusers.models.attention_processor import Attention
     from diffusers.models.transformers.sana_transformer import GLUMBConv
 
-__all__ = ["MODEL_CLASS", "ChannelsLastGLU", "plan", "prepare", "use_fused_qkv"]
+__all__ = [
+    "MODEL_CLASS",
+    "ChannelsLastGLU",
+    "LinearAttention",
+    "PerturbedAttention",
+    "plan",
+    "prepare",
+    "use_fused_qkv",
+]
 
 MODEL_CLASS = "SanaTransformer2DModel"
+_EPSILON = 1e-15
 
 
 class ChannelsLastGLU(nn.Module):
@@ -36,12 +47,12 @@ class ChannelsLastGLU(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """x (B, D, height, width) -> the same shape."""
-        x = nn.functional.silu(self.conv_inverted(hidden_states.movedim(1, -1)))
+        x = F.silu(self.conv_inverted(hidden_states.movedim(1, -1)))
         x = self.conv_depth(x.movedim(-1, 1))
         value, gate = x.movedim(1, -1).chunk(2, dim=-1)
-        x = value * nn.functional.silu(gate)
+        x = value * F.silu(gate)
         # A 4-bit conv_point is as wide as whole groups of 64; its extra inputs count for nothing.
-        x = nn.functional.pad(x, (0, self.conv_point.in_features - x.shape[-1]))
+        x = F.pad(x, (0, self.conv_point.in_features - x.shape[-1]))
         return self.conv_point(x).movedim(-1, 1)
 
 
@@ -59,7 +70,7 @@ def plan(model: SanaTransformer2DModel) -> list[LinearGroup]:
     for index in range(len(model.transformer_blocks)):
         block = f"transformer_blocks.{index}"
         groups += [
-            LinearGroup(tuple(f"{block}.attn1.to_{part}" for part in "qkv")),
+            LinearGroup(tuple(f"{block}.attn1.to_{part}" for part in "qkv"), fused=f"{block}.attn1.to_qkv"),
             LinearGroup((f"{block}.attn1.to_out.0",)),
             LinearGroup((f"{block}.attn2.to_q",)),
             LinearGroup((f"{block}.attn2.to_out.0",)),
@@ -70,7 +81,76 @@ def plan(model: SanaTransformer2DModel) -> list[LinearGroup]:
 
 
 def use_fused_qkv(model: SanaTransformer2DModel) -> None:
-    """SANA's attention processors call q, k and v apart, so nothing is fused."""
+    """Let the self-attention of every block that has a `to_qkv` call it: its input is then quantized once."""
+    for block in model.transformer_blocks:
+        if hasattr(block.attn1, "to_qkv"):
+            block.attn1.set_processor(LinearAttention())
+
+
+class LinearAttention:
+    """SANA's self-attention (arXiv 2410.10629, section 2.2) for blocks with or without a fused `to_qkv`.
+
+    out = (V relu(K)^T) relu(Q) / (sum_n relu(K)_n . relu(Q)), sums in float32.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, M, D) -> (B, M, D)."""
+        query, key, value = _qkv(attn, hidden_states)
+        return _out(attn, _linear_attention(query, key, value, attn.heads))
+
+
+class PerturbedAttention:
+    """LinearAttention whose last part of the batch attends to nothing but itself (arXiv 2403.17377).
+
+    The batch holds `parts` equal parts: [empty prompt, prompt, perturbed] with guidance, else [prompt, perturbed].
+    """
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (parts * B, M, D) -> the same shape."""
+        query, key, value = _qkv(attn, hidden_states)
+        whole = len(value) - len(value) // self.parts
+        attended = _linear_attention(query[:whole], key[:whole], value[:whole], attn.heads)
+        return _out(attn, torch.cat([attended, value[whole:]]))
+
+
+def _qkv(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if hasattr(attn, "to_qkv"):
+        query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
+    else:
+        query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    return query, key, value
+
+
+def _linear_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Query, key and value (B, M, D) -> (B, M, D), in their type."""
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2).float() for part in (query, key, value))  # (B, h, M, d)
+    q, k = F.relu(q), F.relu(k)
+    attended = q @ (k.transpose(-1, -2) @ v)
+    weight = q @ k.sum(dim=2).unsqueeze(-1)
+    return (attended / (weight + _EPSILON)).transpose(1, 2).flatten(2).to(value.dtype)
+
+
+def _out(attn: Attention, x: Tensor) -> Tensor:
+    return attn.to_out[1](attn.to_out[0](x))
 
 
 def _linear(conv: nn.Conv2d) -> nn.Linear:

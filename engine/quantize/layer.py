@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine import ops
@@ -55,8 +56,13 @@ def quantize_group(weight: Tensor, inputs: Inputs, recipe: Recipe, *, unsigned: 
     """SVDQuant for `weight` (N, K): pick the smooth factor with the least output error, then refine its branch.
 
     `unsigned` says that the input is a GELU output. The error is ||y - y_hat|| / ||y|| on the sampled rows with
-    4-bit activations.
+    4-bit activations. Where K is no multiple of 64 the result is wider by inputs
+    that count for nothing.
     """
+    missing = -weight.shape[1] % GROUP
+    if missing:
+        wide = Inputs(F.pad(inputs.rows, (0, missing)), F.pad(inputs.largest, (0, missing)))
+        return quantize_group(F.pad(weight, (0, missing)), wide, recipe, unsigned=unsigned)
     weight = weight.float()
     best: tuple[float, Tensor] | None = None
     for smooth in candidates(weight, inputs.largest, recipe.alphas, recipe.dtype):

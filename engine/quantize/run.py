@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.checkpoint.files import write_shards
 from engine.errors import ArgumentError
 from engine.generate import Engine
-from engine.models import flux
+from engine.models.families import family
 from engine.models.install import Quantization, is_kept
 from engine.models.plan import LinearGroup, get_linear
 from engine.quantize.calibrate import collect
@@ -56,8 +56,9 @@ def quantize_model(
     recipe = recipe or Recipe()
     tell = progress or (lambda *_: None)
     engine = Engine.load(model, "bf16", device=device)
-    transformer = flux.prepare(engine.pipe.transformer)
-    groups = _without_kept(flux.plan(transformer), keep)
+    leaves = family(engine.spec.family).leaves
+    transformer = leaves.prepare(engine.pipe.transformer)
+    groups = _without_kept(leaves.plan(transformer), keep)
     inputs = _inputs(engine, transformer, groups, prompts, tell)
     tensors = {name: value.cpu() for name, value in transformer.state_dict().items()}
     report = []
@@ -66,7 +67,7 @@ def quantize_model(
         tell("quantizing", done, len(groups))
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     group_size = 64 if recipe.precision == "int4" else 16
-    details = Quantization(flux.MODEL_CLASS, config, recipe.precision, group_size, recipe.rank, tuple(keep))
+    details = Quantization(leaves.MODEL_CLASS, config, recipe.precision, group_size, recipe.rank, tuple(keep))
     write_shards(out, tensors, details.metadata(), max_shard_bytes)
     return report
 
@@ -99,9 +100,12 @@ def _quantize(
         shared: dict[str, Tensor | None] = {}
     else:
         done = quantize_group(weight, inputs, recipe, unsigned=group.unsigned)
-        linear, error = done.linear, done.error
-        parts = {"codes": linear.codes, "wscales": linear.wscales, "lora_up": linear.lora_up}
-        shared = {"smooth": linear.smooth, "lora_down": linear.lora_down, "wtscale": linear.wtscale}
+        linear, error, k = done.linear, done.error, weight.shape[1]
+        groups = -(-k // linear.group)  # files hold the inputs that exist, in whole groups
+        parts = {"codes": linear.codes[:, : k // 2], "wscales": linear.wscales[:, :groups], "lora_up": linear.lora_up}
+        shared = {"smooth": linear.smooth, "lora_down": linear.lora_down}
+        shared = {part: value if value is None else value[..., :k] for part, value in shared.items()}
+        shared["wtscale"] = linear.wtscale
     _write_rows(group, [linear.out_features for linear in linears], parts, shared, tensors)
     return LayerError(group.title, group.kind, error)
 
@@ -122,4 +126,3 @@ def _write_rows(
         for part, value in shared.items():
             if value is not None:
                 tensors[f"{name}.{part}"] = value.clone().cpu()
-

@@ -1,8 +1,8 @@
 """Train the small SANA from nothing: render, autoencoder, flow matching with the text encoder.
 
-    python -m zoo.train.sana --out runs/sana --minutes-render 1 --minutes-ae 2.5 --minutes-flow 4
+    python -m zoo.train.sana --out runs/sana --minutes-render 1 --minutes-ae 2.5 --minutes-flow 4 --minutes 9
 
-Each stage ends by the wall clock. Writes OUT/model (a diffusers folder, whole from the first stage on), OUT/samples
+Each stage ends by the wall clock, and flow matching early enough for the whole run to end in `--minutes`. Writes OUT/model (a diffusers folder, whole from the first stage on), OUT/samples
 (contact sheets) and OUT/logs (JSON lines, curves). `--resume OLD/model` starts from a finished folder.
 """
 
@@ -22,6 +22,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path, help="a model folder to start from")
+    parser.add_argument("--minutes", type=float, help="of the whole run; without it the stages alone count")
     parser.add_argument("--minutes-render", type=float, default=1.0)
     parser.add_argument("--minutes-ae", type=float, default=2.5, help="0 keeps the autoencoder of --resume")
     parser.add_argument("--minutes-flow", type=float, default=4.0, help="0 keeps the transformer and the text encoder")

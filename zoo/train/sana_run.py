@@ -20,6 +20,8 @@ from zoo.train.models import count, quiet
 from zoo.train.sana_pool import Job, Pool, Writers, build
 from zoo.train.sana_text import Encoder, build_tokenizer
 
+_RESERVE = 0.5  # minutes for the folder and the sheets
+
 
 @dataclasses.dataclass
 class Run:
@@ -119,8 +121,11 @@ def denoiser(run: Run, data: Pool, wide: Pool, valid: Pool) -> None:
     args, world = run.args, run.world
     joint = sana_flow.Joint(run.parts).to(world.device)
     instruction = Encoder(run.tokenizer, run.config["length"]).instruction
+    deadline = time.time() + 60 * args.minutes_flow
+    if args.minutes is not None:
+        deadline = min(deadline, run.log.started + 60 * (args.minutes - _RESERVE))
     if args.minutes_flow > 0:
-        mu, deadline = math.log(run.config["flow_shift"]), time.time() + 60 * args.minutes_flow
+        mu = math.log(run.config["flow_shift"])
         sana_flow.train(joint, data, wide, valid, instruction, run.config["flow"], mu, world, run.log, deadline,
                         args.seed, run.save, args.max_steps)  # fmt: skip
     if world.chief:
