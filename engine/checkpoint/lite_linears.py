@@ -176,8 +176,8 @@ class ProjOutPiece:
                 continue
             if halves[0] is None or halves[1] is None or not same_bits(halves[0], halves[1]):
                 raise CheckpointError(
-                    f"{self.prefix}: its attention and MLP halves have different {part}, which nunchaku_lite cannot hold,"
-                    " since they are one linear there; NVFP4 FLUX checkpoints stay in nunchaku's layout"
+                    f"{self.prefix}: its attention and MLP halves have different {part}, which nunchaku_lite cannot"
+                    " hold, since they are one linear there; NVFP4 FLUX checkpoints stay in nunchaku's layout"
                 )
             found[part] = halves[0]
         return found

@@ -195,7 +195,7 @@ def test_int4_mlp_with_shifted_gelu_follows_the_published_kernels():
 
 
 def test_nvfp4_layers_follow_the_published_kernels(nvfp4: Path):  # noqa: F811
-    """Activations are 8-bit here and 4-bit there, so only the weights' arithmetic is compared, on the emulated codes."""
+    """Activations are 8-bit here, 4-bit there: only the arithmetic of the weights is compared, on emulated codes."""
     data = vectors("numerics_emulated")
     codes, scales = data["nvfp4.qkv_proj.act_codes"], data["nvfp4.qkv_proj.act_scales"].float()
     x_hat = torch.tensor(ops.canonical.E2M1)[codes.long()] * scales.repeat_interleave(16, 1)
