@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.lora.compose import compose
+    from engine.lora.combine import compose
     from engine.lora.detect import detect_format
     from engine.lora.runtime import (
         LoadedLora,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "LoadedLora": "runtime",
     "LoraWeights": "weights",
-    "compose": "compose",
+    "compose": "combine",
     "detect_format": "detect",
     "list_loras": "runtime",
     "load_lora": "runtime",
