@@ -22,7 +22,7 @@ constexpr float kTinyMax = 0x1p-120f;            // a token or group whose large
 // One packed linear ("panel16"). Panel p holds outputs 16p..16p+15; the last panel is padded with zero weights.
 //   codes  [panels][K/8][16][4]  byte j of block b: low nibble input 8b+j, high nibble input 8b+4+j; stored code + 8
 //   scales [panels][K/64][16]    16-bit
-//   up     [panels][R][16]       16-bit
+//   up     [panels][R/2][16][2]  16-bit; pairs of ranks side by side
 //   down   [K/2][R][2]           16-bit; pairs of inputs side by side
 //   inv_smooth [K], bias [panels*16]: fp32
 struct Weight {
@@ -83,13 +83,13 @@ struct Range {
 };
 
 // What one instruction set offers. Each function computes a part of the result: rows (tokens) or panels it is given,
-// so that who computes an element never changes its bits. `scratch` has scratch_bytes(m, k) bytes for one thread.
+// so that who computes an element never changes its bits. `scratch` has scratch_bytes(w, m) bytes for one thread.
 struct Kernels {
   const char* name;
   void (*quantize_act)(const QuantizeAct&, Range rows);
   void (*linear)(const Linear&, Range rows, Range panels, uint8_t* scratch);
   void (*awq_linear)(const AwqLinear&, Range panels);
-  int64_t (*scratch_bytes)(int64_t m, int64_t k);
+  int64_t (*scratch_bytes)(const Weight&, int64_t m);
   int64_t row_tile;  // tokens one inner tile takes; work is split among threads in multiples of it
 };
 

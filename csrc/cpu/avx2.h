@@ -28,6 +28,20 @@ static inline __m256 broadcast8(const void* x, int64_t i) {
   return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(h)));
 }
 
+// Even and odd elements of 8 pairs of type t.
+static inline void load_pairs(DType t, const uint16_t* from, __m256* even, __m256* odd) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  if (t == DType::bf16) {
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  } else {
+    const __m256i low = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff)), high = _mm256_srli_epi32(pairs, 16);
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+    *even = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
+    *odd = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
+  }
+}
+
 static inline __m128i narrow_bf16_8(__m256 v) {
   const __m256i u = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));

@@ -31,6 +31,18 @@ static inline __m512 load16_as(DType t, const void* x, int64_t i) {
   return t == DType::bf16 ? load16<DType::bf16>(x, i) : load16<DType::fp16>(x, i);
 }
 
+// Even and odd elements of 16 pairs of type t.
+static inline void load_pairs(DType t, const uint16_t* from, __m512* even, __m512* odd) {
+  const __m512i pairs = _mm512_loadu_si512(from);
+  if (t == DType::bf16) {
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  } else {
+    *even = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+    *odd = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+  }
+}
+
 static inline __m256i narrow_bf16(__m512 v) {
   const __m512i u = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));

@@ -16,15 +16,19 @@ void multiply(const AwqLinear& p, int64_t row, int64_t panel) {
   const char* x = static_cast<const char*>(p.x) + row * p.x_stride * size_of(X);
   const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512 acc[Rows];
+  NIBBLE_UNROLL
   for (int i = 0; i < Rows; ++i) acc[i] = _mm512_loadu_ps(p.bias + panel * kPanel);
   for (int64_t g = 0; g < groups; ++g) {
     __m512 dot[Rows][2], plain[Rows];
+    NIBBLE_UNROLL
     for (int i = 0; i < Rows; ++i) dot[i][0] = dot[i][1] = plain[i] = _mm512_setzero_ps();
     for (int b = 0; b < 8; ++b, codes += 64) {
       const __m512i both = _mm512_loadu_si512(codes);
+      NIBBLE_UNROLL
       for (int j = 0; j < 8; ++j) {
         const int shift = 8 * (j % 4) + 4 * (j / 4);
         const __m512 code = _mm512_permutexvar_ps(_mm512_srli_epi32(both, static_cast<unsigned>(shift)), table);
+        NIBBLE_UNROLL
         for (int i = 0; i < Rows; ++i) {
           const __m512 v = broadcast<X>(x, i * p.x_stride + g * kGroup + b * 8 + j);
           dot[i][j % 2] = _mm512_fmadd_ps(code, v, dot[i][j % 2]);
@@ -34,6 +38,7 @@ void multiply(const AwqLinear& p, int64_t row, int64_t panel) {
     }
     const __m512 scale = load16_as(p.scale_dtype, p.scales, (panel * groups + g) * kPanel);
     const __m512 zero = load16_as(p.scale_dtype, p.zeros, (panel * groups + g) * kPanel);
+    NIBBLE_UNROLL
     for (int i = 0; i < Rows; ++i) {
       acc[i] = _mm512_fmadd_ps(scale, _mm512_add_ps(dot[i][0], dot[i][1]), acc[i]);
       acc[i] = _mm512_fmadd_ps(zero, plain[i], acc[i]);
@@ -41,6 +46,7 @@ void multiply(const AwqLinear& p, int64_t row, int64_t panel) {
   }
   const int64_t left = p.n - panel * kPanel;
   const __mmask16 mask = left >= kPanel ? 0xffff : static_cast<__mmask16>((1u << left) - 1u);
+  NIBBLE_UNROLL
   for (int i = 0; i < Rows; ++i) store16(p.y, (row + i) * p.n + panel * kPanel, p.y_dtype, acc[i], mask);
 }
 

@@ -66,7 +66,7 @@ Status linear(int isa, const Panels& panels, Address buffer, Address codes, Addr
 }
 
 int64_t linear_scratch(int isa, const Panels& panels, int64_t m, int threads) {
-  return threads * isa_table()[isa].kernels.scratch_bytes(m, panels.k);
+  return threads * isa_table()[isa].kernels.scratch_bytes(panels.weight(0), m);
 }
 
 // Both ops in one call; the scratch memory holds the quantized tokens first.

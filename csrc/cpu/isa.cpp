@@ -49,7 +49,7 @@ Features detect() {
   f.avx512bf16 = f.avx512 && a >= 1 && __get_cpuid_count(7, 1, &a7, &b7, &c7, &d7) && (a7 & 1u << 5);
   if (!f.avx512) {
     f.why_amx = f.why_avx512;
-  } else if ((d & kAmxTileInt8) != kAmxTileInt8) {
+  } else if ((d & kAmxTileInt8) != kAmxTileInt8 || !f.avx512bf16) {
     f.why_amx = "the processor lacks AMX-INT8";
   } else if ((state & 0x60000) != 0x60000 || !request_tile_state()) {
     f.why_amx = "the system does not grant AMX tile state";
@@ -64,14 +64,15 @@ Features detect() {
 const Isa* isa_table() {
   static const Features f = detect();
   static const auto quantize_512 = f.avx512bf16 ? quantize_act_avx512bf16 : quantize_act_avx512;
+  static const auto linear_512 = f.avx512bf16 ? linear_avx512bf16 : linear_avx512;
   static const Isa table[kIsaCount] = {
       {{"amx", quantize_512, linear_amx, awq_linear_avx512, linear_scratch_amx, 32}, f.amx, f.why_amx},
-      {{"avx512", quantize_512, linear_avx512, awq_linear_avx512, linear_scratch_avx512, 14}, f.avx512, f.why_avx512},
+      {{"avx512", quantize_512, linear_512, awq_linear_avx512, linear_scratch_avx512, 14}, f.avx512, f.why_avx512},
       {{"avx2", quantize_act_avx2, linear_avx2, awq_linear_avx2, linear_scratch_avx2, 4}, f.avx2, f.why_avx2},
       {{"scalar", quantize_act_scalar, linear_scalar, awq_linear_scalar, linear_scratch_scalar, 1}, true, ""},
       {{"amx_emulated", quantize_512, linear_amx_emulated, awq_linear_avx512, linear_scratch_amx_emulated, 32},
-       f.avx512,
-       f.why_avx512},
+       f.avx512bf16,
+       f.avx512bf16 ? "" : "the processor lacks AVX-512 BF16, which every processor with AMX has"},
   };
   return table;
 }

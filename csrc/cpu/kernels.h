@@ -7,7 +7,7 @@ namespace nibble {
 #define NIBBLE_QUANTIZE(isa) void quantize_act_##isa(const QuantizeAct&, Range rows)
 #define NIBBLE_LINEAR(isa)                                                      \
   void linear_##isa(const Linear&, Range rows, Range panels, uint8_t* scratch); \
-  int64_t linear_scratch_##isa(int64_t m, int64_t k)
+  int64_t linear_scratch_##isa(const Weight&, int64_t m)
 #define NIBBLE_AWQ(isa) void awq_linear_##isa(const AwqLinear&, Range panels)
 
 NIBBLE_QUANTIZE(scalar);
@@ -17,6 +17,7 @@ NIBBLE_QUANTIZE(avx512bf16);
 NIBBLE_LINEAR(scalar);
 NIBBLE_LINEAR(avx2);
 NIBBLE_LINEAR(avx512);
+NIBBLE_LINEAR(avx512bf16);
 NIBBLE_LINEAR(amx);
 NIBBLE_LINEAR(amx_emulated);
 NIBBLE_AWQ(scalar);

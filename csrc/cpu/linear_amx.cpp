@@ -40,8 +40,8 @@ struct ProcessorTiles {
 
 }  // namespace
 
-int64_t linear_scratch_amx(int64_t m, int64_t k) {
-  return amx_scratch(m, k);
+int64_t linear_scratch_amx(const Weight& w, int64_t m) {
+  return amx_scratch(w, m);
 }
 
 void linear_amx(const Linear& p, Range rows, Range panels, uint8_t* scratch) {

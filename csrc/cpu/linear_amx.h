@@ -9,8 +9,8 @@
 // after the tile work of group g, so that the vector units work while the tile unit does. Weights are widened to signed
 // bytes once a block of tokens, two panels at a time; tokens are copied into tiles once a block.
 #pragma once
+#include "finish_avx512.h"
 #include "kernels.h"
-#include "linear_avx512.h"
 
 namespace nibble {
 namespace {
@@ -21,21 +21,28 @@ constexpr int64_t kTokenBytes = 768 << 10;  // of token codes a thread keeps nea
 inline int64_t block_rows(int64_t k) {
   return max64(1, kTokenBytes / (kPair * k)) * kPair;
 }
-inline int64_t amx_scratch(int64_t m, int64_t k) {
-  return (min64(block_rows(k), ceil_div(m, kPair) * kPair) + kPair) * k;
+
+// Scratch memory of a thread: two widened panels, then for each 32 tokens of a block their tiles and low-rank values.
+inline int64_t pair_bytes(const Weight& w) {
+  return kPair * (w.k + w.rank * 4) + 64;
+}
+inline int64_t amx_scratch(const Weight& w, int64_t m) {
+  return kPair * w.k + min64(block_rows(w.k) / kPair, ceil_div(m, kPair)) * pair_bytes(w);
 }
 
-// Tiles of 16 tokens: [tile][K/64][16][64]. Tokens past the end are zero.
+// Up to 32 tokens as two runs of tiles, [2][K/64][16][64], zero past the end; then their low-rank values, [R/2][32].
 inline void pack_tokens(const Linear& p, Range rows, uint8_t* tiles) {
-  const int64_t k = p.w->k, padded = ceil_div(rows.end - rows.begin, kPair) * kPair;
-  for (int64_t i = 0; i < padded; ++i) {
-    const bool real = rows.begin + i < rows.end;
+  const int64_t k = p.w->k, count = rows.end - rows.begin;
+  for (int64_t i = 0; i < kPair; ++i) {
     for (int64_t g = 0; g < k / kGroup; ++g) {
-      uint8_t* to = tiles + (i / kTileRows) * kTileRows * k + g * kTileBytes + i % kTileRows * 64;
+      uint8_t* to = tiles + i / kTileRows * kTileRows * k + g * kTileBytes + i % kTileRows * 64;
       const int8_t* from = p.codes + (rows.begin + i) * k + g * kGroup;
-      _mm512_storeu_si512(to, real ? _mm512_loadu_si512(from) : _mm512_setzero_si512());
+      _mm512_storeu_si512(to, i < count ? _mm512_loadu_si512(from) : _mm512_setzero_si512());
     }
   }
+  int32_t* low_rank = reinterpret_cast<int32_t*>(tiles + kPair * k);
+  pack_low_rank<true>(p, rows.begin, static_cast<int>(min64(count, 16)), kPair, low_rank);
+  if (count > 16) pack_low_rank<true>(p, rows.begin + 16, static_cast<int>(count - 16), kPair, low_rank + 16);
 }
 
 // One panel's codes as signed bytes: [K/64][16 steps of 4 inputs][16 outputs][4]. The panel's own order, widened.
@@ -51,43 +58,55 @@ inline void widen_panel(const Weight& w, int64_t panel, uint8_t* tiles) {
   }
 }
 
-// acc += float(products) * weight scale [* token scale], four tiles of 16 x 16.
+// acc += float(products) * weight scale [* token scale], for the C tiles of `rows` x `panels`.
+template <bool PerGroup>
 inline void promote(const Linear& p, Range rows, Range panels, int64_t g, const int32_t* products, float* acc) {
   const int64_t groups = p.w->k / kGroup;
   for (int64_t j = 0; j < panels.end - panels.begin; ++j) {
     const __m512 scale = load16_as(p.w->scale_dtype, p.w->scales, ((panels.begin + j) * groups + g) * kPanel);
-    for (int64_t i = 0; i < rows.end - rows.begin; ++i) {
-      const int64_t at = ((i / kTileRows * 2 + j) * kTileRows + i % kTileRows) * kPanel;
-      const bool int8 = p.mode == ActMode::int8;
-      const __m512 s = int8 ? scale : _mm512_mul_ps(scale, _mm512_set1_ps(p.scales[(rows.begin + i) * groups + g]));
-      const __m512 product = _mm512_cvtepi32_ps(_mm512_load_si512(products + at));
-      _mm512_store_ps(acc + at, _mm512_fmadd_ps(product, s, _mm512_load_ps(acc + at)));
+    for (int64_t row = rows.begin, at = j * kTileRows * kPanel; row < rows.end;
+         row += kTileRows, at += kTileBytes / 2) {
+      const int64_t count = min64(kTileRows, rows.end - row);
+      for (int64_t i = 0; i < count; ++i) {
+        const __m512 s = PerGroup ? _mm512_mul_ps(scale, _mm512_set1_ps(p.scales[(row + i) * groups + g])) : scale;
+        const __m512 product = _mm512_cvtepi32_ps(_mm512_load_si512(products + at + i * kPanel));
+        float* sum = acc + at + i * kPanel;
+        _mm512_store_ps(sum, _mm512_fmadd_ps(product, s, _mm512_load_ps(sum)));
+      }
     }
   }
 }
 
-inline void finish_tile(const Linear& p, Range rows, Range panels, const float* acc) {
-  for (int64_t j = 0; j < panels.end - panels.begin; ++j) {
-    auto load = [&](int64_t row) {
-      const int64_t i = row - rows.begin;
-      const __m512 v = _mm512_load_ps(acc + ((i / kTileRows * 2 + j) * kTileRows + i % kTileRows) * kPanel);
-      return p.mode == ActMode::int8 ? _mm512_mul_ps(v, _mm512_set1_ps(p.scales[row])) : v;
-    };
-    int64_t row = rows.begin;
-    for (; row + 8 <= rows.end; row += 8) {
-      __m512 v[8];
-      for (int i = 0; i < 8; ++i) v[i] = load(row + i);
-      finish<8>(p, row, panels.begin + j, v);
-    }
-    for (; row < rows.end; ++row) {
-      __m512 v = load(row);
-      finish<1>(p, row, panels.begin + j, &v);
+// Low-rank branch, bias and conversion of tokens [row, row + Rows), whose sums lie at `acc`.
+template <int Rows>
+inline void finish(const Linear& p, int64_t row, int64_t panel, const float* acc, const int32_t* low_rank) {
+  __m512 v[Rows];
+  NIBBLE_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    v[i] = _mm512_load_ps(acc + i * kPanel);
+    if (p.mode == ActMode::int8) v[i] = _mm512_mul_ps(v[i], _mm512_set1_ps(p.scales[row + i]));
+  }
+  add_low_rank<Rows, true>(p, panel, low_rank, kPair, v);
+  store_rows<Rows, true>(p, row, panel, v);
+}
+
+inline void finish_pair(const Linear& p, Range rows, Range panels, const float* acc, const int32_t* low_rank) {
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    for (int64_t i = 0; i < rows.end - rows.begin;) {
+      const float* sums = acc + ((i / kTileRows * 2 + panel - panels.begin) * kTileRows + i % kTileRows) * kPanel;
+      if (i + 8 <= rows.end - rows.begin) {
+        finish<8>(p, rows.begin + i, panel, sums, low_rank + i);
+        i += 8;
+      } else {
+        finish<1>(p, rows.begin + i, panel, sums, low_rank + i);
+        i += 1;
+      }
     }
   }
 }
 
-// 32 tokens x 32 outputs over all of K. `tokens`: two token tiles a group; `weights`: two widened panels.
-template <class Tiles>
+// 32 tokens x 32 outputs over all of K. `tokens` as pack_tokens leaves them; `weights`: two widened panels.
+template <class Tiles, bool PerGroup>
 void multiply_pair(Tiles& t, const Linear& p, Range rows, Range panels, const uint8_t* tokens, const uint8_t* weights) {
   alignas(64) int32_t products[2][4 * 256];
   alignas(64) float acc[4 * 256];
@@ -108,27 +127,29 @@ void multiply_pair(Tiles& t, const Linear& p, Range rows, Range panels, const ui
       t.template store<0>(to), t.template store<1>(to + 256), t.template store<2>(to + 512),
           t.template store<3>(to + 768);
     }
-    if (g > 0) promote(p, rows, panels, g - 1, products[(g - 1) % 2], acc);
+    if (g > 0) promote<PerGroup>(p, rows, panels, g - 1, products[(g - 1) % 2], acc);
   }
-  finish_tile(p, rows, panels, acc);
+  finish_pair(p, rows, panels, acc, reinterpret_cast<const int32_t*>(tokens + kPair * p.w->k));
 }
 
 template <class Tiles>
 void linear_tiles(const Linear& p, Range rows, Range panels, uint8_t* scratch) {
   Tiles tiles;
-  const int64_t k = p.w->k, block = block_rows(k);
-  uint8_t *weights = scratch, *tokens = scratch + kPair * k;
+  const Weight& w = *p.w;
+  const auto multiply = p.mode == ActMode::int8 ? multiply_pair<Tiles, false> : multiply_pair<Tiles, true>;
+  const int64_t block = block_rows(w.k);
   for (int64_t first = rows.begin; first < rows.end; first += block) {
     const int64_t last = min64(first + block, rows.end);
-    pack_tokens(p, {first, last}, tokens);
+    auto pair_of = [&](int64_t row) { return Range{row, min64(row + kPair, last)}; };
+    auto tokens_of = [&](int64_t row) { return scratch + kPair * w.k + (row - first) / kPair * pair_bytes(w); };
+    for (int64_t row = first; row < last; row += kPair) pack_tokens(p, pair_of(row), tokens_of(row));
     for (int64_t panel = panels.begin; panel < panels.end; panel += 2) {
       const Range pair{panel, min64(panel + 2, panels.end)};
       // A missing second panel repeats the first: its products are never promoted.
-      widen_panel(*p.w, panel, weights);
-      widen_panel(*p.w, pair.end - 1, weights + kTileRows * k);
-      for (int64_t row = first; row < last; row += kPair) {
-        multiply_pair(tiles, p, {row, min64(row + kPair, last)}, pair, tokens + (row - first) * k, weights);
-      }
+      widen_panel(w, panel, scratch);
+      widen_panel(w, pair.end - 1, scratch + kTileRows * w.k);
+      for (int64_t row = first; row < last; row += kPair)
+        multiply(tiles, p, pair_of(row), pair, tokens_of(row), scratch);
     }
   }
 }

@@ -35,8 +35,8 @@ struct EmulatedTiles {
 
 }  // namespace
 
-int64_t linear_scratch_amx_emulated(int64_t m, int64_t k) {
-  return amx_scratch(m, k);
+int64_t linear_scratch_amx_emulated(const Weight& w, int64_t m) {
+  return amx_scratch(w, m);
 }
 
 void linear_amx_emulated(const Linear& p, Range rows, Range panels, uint8_t* scratch) {

@@ -25,14 +25,19 @@ void group_sums(const Linear& p, Range rows, int32_t* sums) {
 template <int Rows>
 inline void finish(const Linear& p, int64_t row, int64_t panel, int half, __m256* acc) {
   const Weight& w = *p.w;
-  for (int64_t r = 0; r < w.rank; ++r) {
-    const __m256 up = load8_as(w.low_rank_dtype, w.up, (panel * w.rank + r) * kPanel + 8 * half);
+  for (int64_t r = 0; r < w.rank; r += 2) {
+    __m256 even, odd;
+    load_pairs(w.low_rank_dtype, w.up + ((panel * w.rank + r) / 2 * kPanel + 8 * half) * 2, &even, &odd);
+    NIBBLE_UNROLL
     for (int i = 0; i < Rows; ++i) {
-      acc[i] = _mm256_fmadd_ps(up, _mm256_set1_ps(p.low_rank[(row + i) * w.rank + r]), acc[i]);
+      const float* low_rank = p.low_rank + (row + i) * w.rank + r;
+      acc[i] =
+          _mm256_fmadd_ps(odd, _mm256_set1_ps(low_rank[1]), _mm256_fmadd_ps(even, _mm256_set1_ps(low_rank[0]), acc[i]));
     }
   }
   const int64_t n = panel * kPanel + 8 * half;
   const __m256 bias = _mm256_loadu_ps(w.bias + n);
+  NIBBLE_UNROLL
   for (int i = 0; i < Rows; ++i) {
     store8(p.y, (row + i) * w.n + n, p.y_dtype, _mm256_add_ps(acc[i], bias), w.n - n);
   }
@@ -47,17 +52,21 @@ void multiply(const Linear& p, int64_t row, const int32_t* sums, int64_t panel, 
   const int8_t* act = p.codes + row * w.k;
   const __m256i low_nibbles = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256 acc[Rows];
+  NIBBLE_UNROLL
   for (int i = 0; i < Rows; ++i) acc[i] = _mm256_setzero_ps();
   for (int64_t g = 0; g < groups; ++g) {
     __m256i dot[Rows];
+    NIBBLE_UNROLL
     for (int i = 0; i < Rows; ++i) dot[i] = _mm256_set1_epi32(sums[i * groups + g]);
     for (int part = 0; part < 2; ++part) {
       __m256i words[Rows];
+      NIBBLE_UNROLL
       for (int i = 0; i < Rows; ++i) words[i] = _mm256_setzero_si256();
       for (int b = 0; b < 4; ++b, codes += 64, act += 8) {
         const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
         const __m256i lo = _mm256_and_si256(both, low_nibbles);
         const __m256i hi = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_nibbles);
+        NIBBLE_UNROLL
         for (int i = 0; i < Rows; ++i) {
           int32_t first, second;
           memcpy(&first, act + i * w.k, 4);
@@ -66,16 +75,20 @@ void multiply(const Linear& p, int64_t row, const int32_t* sums, int64_t panel, 
           words[i] = _mm256_add_epi16(words[i], _mm256_maddubs_epi16(hi, _mm256_set1_epi32(second)));
         }
       }
+      NIBBLE_UNROLL
       for (int i = 0; i < Rows; ++i) dot[i] = _mm256_add_epi32(dot[i], _mm256_madd_epi16(words[i], ones));
     }
     const __m256 scale = load8_as(w.scale_dtype, w.scales, (panel * groups + g) * kPanel + 8 * half);
+    NIBBLE_UNROLL
     for (int i = 0; i < Rows; ++i) {
       const __m256 s = per_group ? _mm256_mul_ps(scale, _mm256_set1_ps(p.scales[(row + i) * groups + g])) : scale;
       acc[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[i]), s, acc[i]);
     }
   }
-  if (!per_group)
+  if (!per_group) {
+    NIBBLE_UNROLL
     for (int i = 0; i < Rows; ++i) acc[i] = _mm256_mul_ps(acc[i], _mm256_set1_ps(p.scales[row + i]));
+  }
   finish<Rows>(p, row, panel, half, acc);
 }
 
@@ -84,8 +97,8 @@ constexpr Multiply kMultiply[kTile] = {multiply<1>, multiply<2>, multiply<3>, mu
 
 }  // namespace
 
-int64_t linear_scratch_avx2(int64_t, int64_t k) {
-  return kBlock * (k / kGroup) * 4;
+int64_t linear_scratch_avx2(const Weight& w, int64_t) {
+  return kBlock * (w.k / kGroup) * 4;
 }
 
 void linear_avx2(const Linear& p, Range rows, Range panels, uint8_t* scratch) {

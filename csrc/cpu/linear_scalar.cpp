@@ -27,7 +27,7 @@ float dot_scaled(const Linear& p, int64_t row, int64_t panel, int64_t lane) {
 
 }  // namespace
 
-int64_t linear_scratch_scalar(int64_t, int64_t) {
+int64_t linear_scratch_scalar(const Weight&, int64_t) {
   return 0;
 }
 
@@ -38,7 +38,8 @@ void linear_scalar(const Linear& p, Range rows, Range panels, uint8_t*) {
       const int64_t panel = n / kPanel, lane = n % kPanel;
       float v = dot_scaled(p, row, panel, lane);
       for (int64_t r = 0; r < w.rank; ++r) {
-        v += half_to_float(w.up[(panel * w.rank + r) * kPanel + lane], w.low_rank_dtype) * p.low_rank[row * w.rank + r];
+        const uint16_t up = w.up[((panel * w.rank + r) / 2 * kPanel + lane) * 2 + r % 2];
+        v += half_to_float(up, w.low_rank_dtype) * p.low_rank[row * w.rank + r];
       }
       store_float(p.y, row * w.n + n, p.y_dtype, v + w.bias[n]);
     }

@@ -60,40 +60,30 @@ void quantize_token(const QuantizeAct& p, int64_t row) {
   }
 }
 
-// Even and odd inputs of 8 ranks from [K/2][R][2].
-template <DType L>
-inline void load_pairs(const uint16_t* down, __m256* even, __m256* odd) {
-  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(down));
-  if constexpr (L == DType::bf16) {
-    *even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-    *odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
-  } else {
-    const __m256i low = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff)), high = _mm256_srli_epi32(pairs, 16);
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
-    *even = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
-    *odd = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
-  }
-}
-
 // low_rank rows [row, row + Rows), ranks [r, r + 16).
 template <DType X, DType L, int Rows>
 void low_rank_tile(const QuantizeAct& p, int64_t row, int64_t r) {
   const int64_t rank = p.w->rank;
   const char* x = static_cast<const char*>(p.x) + row * p.x_stride * size_of(X);
   __m256 sum[Rows][2];
+  NIBBLE_UNROLL
   for (int i = 0; i < Rows; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
   for (int64_t k = 0; k < p.w->k; k += 2) {
     __m256 even[2], odd[2];
-    for (int v = 0; v < 2; ++v) load_pairs<L>(p.w->down + (k / 2 * rank + r + 8 * v) * 2, even + v, odd + v);
+    NIBBLE_UNROLL
+    for (int v = 0; v < 2; ++v) load_pairs(L, p.w->down + (k / 2 * rank + r + 8 * v) * 2, even + v, odd + v);
+    NIBBLE_UNROLL
     for (int i = 0; i < Rows; ++i) {
       const __m256 x_even = broadcast8<X>(x, i * p.x_stride + k), x_odd = broadcast8<X>(x, i * p.x_stride + k + 1);
+      NIBBLE_UNROLL
       for (int v = 0; v < 2; ++v) {
         sum[i][v] = _mm256_fmadd_ps(x_odd, odd[v], _mm256_fmadd_ps(x_even, even[v], sum[i][v]));
       }
     }
   }
-  for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < 2; ++v) _mm256_storeu_ps(p.low_rank + (row + i) * rank + r + 8 * v, sum[i][v]);
+  NIBBLE_UNROLL
+  for (int i = 0; i < Rows; ++i) NIBBLE_UNROLL
+  for (int v = 0; v < 2; ++v) _mm256_storeu_ps(p.low_rank + (row + i) * rank + r + 8 * v, sum[i][v]);
 }
 
 template <DType X, DType L>

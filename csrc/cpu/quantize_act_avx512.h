@@ -35,6 +35,7 @@ inline void quantize_token_int8(const void* row, const float* inv_smooth, int64_
                                 float* scale) {
   __m512i largest[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   for (int64_t k = 0; k < k_count; k += 32) {
+    NIBBLE_UNROLL
     for (int i = 0; i < 2; ++i) {
       largest[i] = _mm512_max_epu32(largest[i], magnitude(smoothed16<X, false>(row, inv_smooth, k + 16 * i)));
     }
@@ -59,12 +60,14 @@ inline void quantize_token_int4(const void* row, const float* inv_smooth, int64_
   for (int64_t k = 0; k < k_count; k += kGroup) {
     __m512 t[4];
     __m512i largest = _mm512_setzero_si512();
+    NIBBLE_UNROLL
     for (int i = 0; i < 4; ++i) {
       t[i] = smoothed16<X, Unsigned>(row, inv_smooth, k + 16 * i);
       largest = _mm512_max_epu32(largest, magnitude(t[i]));
     }
     const RunScale s = run_scale(_mm512_reduce_max_epu32(largest), Unsigned ? 15.0f : 7.0f);
     scales[k / kGroup] = s.scale;
+    NIBBLE_UNROLL
     for (int i = 0; i < 4; ++i) {
       __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(t[i], _mm512_set1_ps(s.inverse)));
       q = s.usable ? _mm512_max_epi32(lowest, _mm512_min_epi32(highest, q)) : _mm512_setzero_si512();
@@ -84,39 +87,31 @@ inline void quantize_token(const QuantizeAct& p, int64_t row) {
   if (p.mode == ActMode::uint4) quantize_token_int4<X, true>(x, p.w->inv_smooth, k, codes, scales);
 }
 
-// Even and odd inputs of 16 ranks from [K/2][R][2].
-template <DType L>
-inline void load_pairs(const uint16_t* down, __m512* even, __m512* odd) {
-  const __m512i pairs = _mm512_loadu_si512(down);
-  if constexpr (L == DType::bf16) {
-    *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-  } else {
-    *even = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
-    *odd = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
-  }
-}
-
 // low_rank rows [row, row + Rows), ranks [r, r + 16 * Vectors), in fp32. Any mix of types.
 template <DType X, DType L, int Rows, int Vectors>
 inline void low_rank_tile(const QuantizeAct& p, int64_t row, int64_t r) {
   const int64_t rank = p.w->rank;
   const char* x = static_cast<const char*>(p.x) + row * p.x_stride * size_of(X);
   __m512 sum[Rows][Vectors];
-  for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < Vectors; ++v) sum[i][v] = _mm512_setzero_ps();
+  NIBBLE_UNROLL
+  for (int i = 0; i < Rows; ++i) NIBBLE_UNROLL
+  for (int v = 0; v < Vectors; ++v) sum[i][v] = _mm512_setzero_ps();
   for (int64_t k = 0; k < p.w->k; k += 2) {
     __m512 even[Vectors], odd[Vectors];
-    for (int v = 0; v < Vectors; ++v) load_pairs<L>(p.w->down + (k / 2 * rank + r + 16 * v) * 2, even + v, odd + v);
+    NIBBLE_UNROLL
+    for (int v = 0; v < Vectors; ++v) load_pairs(L, p.w->down + (k / 2 * rank + r + 16 * v) * 2, even + v, odd + v);
+    NIBBLE_UNROLL
     for (int i = 0; i < Rows; ++i) {
       const __m512 x_even = broadcast<X>(x, i * p.x_stride + k), x_odd = broadcast<X>(x, i * p.x_stride + k + 1);
+      NIBBLE_UNROLL
       for (int v = 0; v < Vectors; ++v) {
         sum[i][v] = _mm512_fmadd_ps(x_odd, odd[v], _mm512_fmadd_ps(x_even, even[v], sum[i][v]));
       }
     }
   }
-  for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(p.low_rank + (row + i) * rank + r + 16 * v, sum[i][v]);
+  NIBBLE_UNROLL
+  for (int i = 0; i < Rows; ++i) NIBBLE_UNROLL
+  for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(p.low_rank + (row + i) * rank + r + 16 * v, sum[i][v]);
 }
 
 }  // namespace

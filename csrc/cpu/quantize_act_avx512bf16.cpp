@@ -14,22 +14,27 @@ inline void low_rank_pairs(const QuantizeAct& p, int64_t row, int64_t r) {
   const int64_t rank = p.w->rank;
   const uint16_t* x = static_cast<const uint16_t*>(p.x) + row * p.x_stride;
   __m512 sum[Rows][Vectors];
-  for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < Vectors; ++v) sum[i][v] = _mm512_setzero_ps();
+  NIBBLE_UNROLL
+  for (int i = 0; i < Rows; ++i) NIBBLE_UNROLL
+  for (int v = 0; v < Vectors; ++v) sum[i][v] = _mm512_setzero_ps();
   for (int64_t k = 0; k < p.w->k; k += 2) {
     __m512bh pairs[Vectors];
+    NIBBLE_UNROLL
     for (int v = 0; v < Vectors; ++v) {
       pairs[v] = (__m512bh)_mm512_loadu_si512(p.w->down + (k / 2 * rank + r + 16 * v) * 2);
     }
+    NIBBLE_UNROLL
     for (int i = 0; i < Rows; ++i) {
       int both;
       memcpy(&both, x + i * p.x_stride + k, 4);
       const __m512bh x_pair = (__m512bh)_mm512_set1_epi32(both);
+      NIBBLE_UNROLL
       for (int v = 0; v < Vectors; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], x_pair, pairs[v]);
     }
   }
-  for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(p.low_rank + (row + i) * rank + r + 16 * v, sum[i][v]);
+  NIBBLE_UNROLL
+  for (int i = 0; i < Rows; ++i) NIBBLE_UNROLL
+  for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(p.low_rank + (row + i) * rank + r + 16 * v, sum[i][v]);
 }
 
 template <int Rows>

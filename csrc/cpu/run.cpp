@@ -45,7 +45,7 @@ void linear_part(void* context, int64_t part) {
   const int64_t m = job.p->m, panels = ceil_div(job.p->w->n, kPanel);
   const Range rows{m * i / job.grid.row_parts, m * (i + 1) / job.grid.row_parts};
   const Range columns{panels * j / job.grid.panel_parts, panels * (j + 1) / job.grid.panel_parts};
-  uint8_t* scratch = job.scratch + part * job.isa->kernels.scratch_bytes(m, job.p->w->k);
+  uint8_t* scratch = job.scratch + part * job.isa->kernels.scratch_bytes(*job.p->w, m);
   job.isa->kernels.linear(*job.p, rows, columns, scratch);
 }
 
@@ -79,7 +79,7 @@ Status run_quantize_act(const Isa& isa, const QuantizeAct& p, int threads) {
 
 Status run_linear(const Isa& isa, const Linear& p, int threads, uint8_t* scratch, int64_t scratch_bytes) {
   if (!isa.runs) return isa.why;
-  if (scratch_bytes < threads * isa.kernels.scratch_bytes(p.m, p.w->k)) return "the scratch memory is too small";
+  if (scratch_bytes < threads * isa.kernels.scratch_bytes(*p.w, p.m)) return "the scratch memory is too small";
   const double work = static_cast<double>(p.m) * static_cast<double>(p.w->k * p.w->n);
   const int64_t row_tiles = ceil_div(p.m, isa.kernels.row_tile), panels = ceil_div(p.w->n, kPanel);
   LinearJob job{&isa, &p, choose_grid(row_tiles, panels, useful_threads(threads, work)), scratch};

@@ -171,7 +171,7 @@ def pack(linear: CanonicalLinear, backend: str, dtype: torch.dtype = torch.bfloa
     parts["codes"].of(blob).copy_(_tile_codes(split_nibbles(linear.codes) ^ 8))
     parts["scales"].of(blob).copy_(_tile_rows(linear.wscales))
     if linear.lora_down is not None and linear.lora_up is not None:
-        parts["up"].of(blob).copy_(_tile_rows(linear.lora_up))
+        parts["up"].of(blob).copy_(_tile_rows(linear.lora_up).unflatten(1, (-1, 2)).transpose(2, 3))
         parts["down"].of(blob).copy_(linear.lora_down.unflatten(1, (-1, 2)).permute(1, 0, 2))
     smooth = torch.ones(linear.k) if linear.smooth is None else linear.smooth.float()
     parts["smooth"].of(blob).copy_(smooth)
@@ -190,7 +190,7 @@ def unpack(packed: PackedLinear) -> CanonicalLinear:
         "wscales": _untile_rows(parts["scales"].of(blob), spec.n),
     }
     if spec.rank:
-        tensors["lora_up"] = _untile_rows(parts["up"].of(blob), spec.n)
+        tensors["lora_up"] = _untile_rows(parts["up"].of(blob).transpose(2, 3).flatten(1, 2), spec.n)
         tensors["lora_down"] = parts["down"].of(blob).permute(1, 0, 2).flatten(1)
     for name in ("smooth", "bias"):
         if name in spec.dtype_of:
@@ -258,7 +258,7 @@ def _panel16(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     return {
         "codes": codes,
         "scales": (dtype["wscales"], scales),
-        "up": (low_rank, (panels, rank, PANEL)),
+        "up": (low_rank, (panels, rank // 2, PANEL, 2)),
         "down": (low_rank, (k // 2, rank, 2)),
         "inv_smooth": (torch.float32, (k,)),
         "bias": bias,
