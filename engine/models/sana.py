@@ -6,7 +6,7 @@ convolutions of the feed-forward, which are linears over channels. Keys and valu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,8 @@ class ChannelsLastGLU(nn.Module):
 
 def prepare(model: SanaTransformer2DModel) -> SanaTransformer2DModel:
     """Turn the 1x1 convolutions into linears, in place; the function is unchanged."""
-    for block in model.transformer_blocks:
+    blocks: Any = model.transformer_blocks
+    for block in blocks:
         if not isinstance(block.ff, ChannelsLastGLU):
             block.ff = ChannelsLastGLU(block.ff)
     return model
@@ -82,7 +83,8 @@ def plan(model: SanaTransformer2DModel) -> list[LinearGroup]:
 
 def use_fused_qkv(model: SanaTransformer2DModel) -> None:
     """Let the self-attention of every block that has a `to_qkv` call it: its input is then quantized once."""
-    for block in model.transformer_blocks:
+    blocks: Any = model.transformer_blocks
+    for block in blocks:
         if hasattr(block.attn1, "to_qkv"):
             block.attn1.set_processor(LinearAttention())
 
@@ -128,7 +130,7 @@ class PerturbedAttention:
         return _out(attn, torch.cat([attended, value[whole:]]))
 
 
-def _qkv(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if hasattr(attn, "to_qkv"):
         query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
     else:
@@ -149,7 +151,7 @@ def _linear_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> 
     return (attended / (weight + _EPSILON)).transpose(1, 2).flatten(2).to(value.dtype)
 
 
-def _out(attn: Attention, x: Tensor) -> Tensor:
+def _out(attn: Any, x: Tensor) -> Tensor:
     return attn.to_out[1](attn.to_out[0](x))
 
 

@@ -17,9 +17,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "sana_tiny.json"
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="flow.batch=512", help="change the configuration"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="flow.batch=512", help="change the configuration")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path, help="a model folder to start from")
     parser.add_argument("--minutes", type=float, help="of the whole run; without it the stages alone count")
