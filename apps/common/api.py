@@ -66,8 +66,8 @@ def _signature(studio: Studio) -> inspect.Signature:
         default = inspect.Parameter.empty if control.name == "prompt" else control.default(spec)
         parameters.append(inspect.Parameter(control.name, any_order, default=default, annotation=control.kind))
     # A Literal of one value has no list of choices to show.
-    kind = Literal[studio.pool.precisions] if len(studio.pool.precisions) > 1 else str  # pyright: ignore
     last = studio.pool.precisions[-1]
+    kind = Literal[studio.pool.precisions] if len(studio.pool.precisions) > 1 else str  # pyright: ignore
     parameters.append(inspect.Parameter("precision", any_order, default=last, annotation=kind))
     return inspect.Signature(parameters, return_annotation=tuple[dict, dict])
 

@@ -54,7 +54,7 @@ def parser(app: App) -> argparse.ArgumentParser:
     models.add_argument(
         "--precisions", nargs="+", metavar="P", help="a column each, painted in this order (default: all the model has)"
     )
-    models.add_argument("--activation", default="auto", choices=ACTIVATIONS, help="what 4-bit layers see (default auto)")
+    models.add_argument("--activation", default="auto", choices=ACTIVATIONS, help="what 4-bit layers see")
     models.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda[:index] (default auto)")
     _add_serving(this)
     _add_safety(this)
@@ -63,7 +63,9 @@ def parser(app: App) -> argparse.ArgumentParser:
 
 def _add_serving(this: argparse.ArgumentParser) -> None:
     serving = this.add_argument_group("where the page is")
-    serving.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default 127.0.0.1)")
+    serving.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all (default %(default)s)"
+    )
     serving.add_argument("--port", type=_port, metavar="N", help="default: the first free one from 7860")
     serving.add_argument("--share", action="store_true", help="also open a public link; off unless you ask")
     serving.add_argument("--root-path", default="", metavar="PATH", help="sub-path behind a reverse proxy")
@@ -90,7 +92,7 @@ def _positive(text: str) -> int:
 
 
 def main(app: App, argv: Sequence[str] | None = None) -> int:
-    """Serve `app` until interrupted. Returns the exit status: 0 after an interrupt, 2 for a value that cannot be used."""
+    """Serve `app` until interrupted. Returns the exit status: 0 after an interrupt, 2 for an unusable value."""
     args = parser(app).parse_args(argv)
     logging.basicConfig(format="%(name)s: %(message)s")
     _stay_home()
@@ -216,5 +218,3 @@ def _serve(studio: Studio, args: argparse.Namespace) -> int:
         print(f"Public link: {demo.share_url}", flush=True)
     demo.block_thread()
     return 0
-
-

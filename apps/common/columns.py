@@ -11,7 +11,7 @@ import gradio as gr
 from apps.common import words
 from engine import Result, Step
 
-__all__ = ["Column", "build", "figures", "status", "step_status"]
+__all__ = ["Column", "build", "canvas", "figures", "status", "step_status"]
 
 REFERENCE = "bf16"
 
@@ -22,6 +22,7 @@ class Column:
 
     precision: str
     status: gr.HTML
+    canvas: gr.HTML
     image: gr.Image
     figures: gr.HTML
 
@@ -30,7 +31,9 @@ def build(precision: str) -> Column:
     """Lay out a column inside the current row."""
     with gr.Column(elem_classes=["nb-card", "nb-column", f"nb-{precision}"], min_width=300):
         line = gr.HTML(status(precision, "idle", "Ready"), elem_id=f"nb-status-{precision}")
+        blank = gr.HTML(canvas(0), elem_id=f"nb-canvas-{precision}")
         image = gr.Image(
+            visible=False,
             type="filepath",
             format="png",
             show_label=False,
@@ -42,7 +45,19 @@ def build(precision: str) -> Column:
             alt_text=f"The picture painted in {precision.upper()}",
         )
         cost = gr.HTML(figures(None), elem_id=f"nb-figures-{precision}")
-    return Column(precision, line, image, cost)
+    return Column(precision, line, blank, image, cost)
+
+
+def canvas(done: float) -> str:
+    """What stands where the picture will be: sixteen nibbles, their bits lit as far as the run has come."""
+    lit = round(done * _BITS)
+    bits = [f'<i class="{"nb-lit" if place * 27 % _BITS < lit else ""}"></i>' for place in range(_BITS)]
+    nibbles = "".join(f"<b>{''.join(bits[first : first + 4])}</b>" for first in range(0, _BITS, 4))
+    return f'<div class="nb-canvas" aria-hidden="true"><div>{nibbles}</div></div>'
+
+
+# Bits light up in strides of 27, which is prime to 64: each once, and scattered evenly.
+_BITS = 64
 
 
 def status(precision: str, state: str, text: str, done: float | None = None) -> str:

@@ -13,7 +13,7 @@ from apps.common.columns import REFERENCE
 from apps.common.pictures import Pictures
 from engine import Result
 
-__all__ = ["AMPLIFICATION", "Comparison", "Shot", "build", "drawn", "legend", "pair", "shown", "verdict"]
+__all__ = ["AMPLIFICATION", "Comparison", "Shot", "build", "drawn", "legend", "pair", "scores", "shown", "verdict"]
 
 AMPLIFICATION = 8
 
@@ -24,6 +24,7 @@ class Comparison:
 
     box: gr.Column
     verdict: gr.HTML
+    scores: gr.HTML
     slider: gr.ImageSlider
     map: gr.Image
     amplify: gr.Slider
@@ -61,6 +62,7 @@ def build(precisions: Sequence[str]) -> Comparison:
                     elem_id="nb-slider",
                     elem_classes=["nb-picture"],
                 )
+                numbers = gr.HTML(elem_id="nb-scores")
             with gr.Column(elem_classes=["nb-card"], min_width=300):
                 gr.HTML(_title("Where they differ", "mean difference of the three channels, a pixel"))
                 difference = gr.Image(
@@ -75,7 +77,7 @@ def build(precisions: Sequence[str]) -> Comparison:
                 )
                 key = gr.HTML(legend(AMPLIFICATION))
                 amplify = gr.Slider(1, 32, AMPLIFICATION, step=1, label="Amplify the difference", elem_id="nb-amplify")
-    return Comparison(box, line, slider, difference, amplify, key, other, gr.State({}))
+    return Comparison(box, line, numbers, slider, difference, amplify, key, other, gr.State({}))
 
 
 def pair(precisions: Sequence[str]) -> tuple[str, str]:
@@ -93,6 +95,7 @@ def shown(parts: Comparison, shots: Mapping[str, Shot], other: str, amplify: flo
     return {
         parts.box: gr.update(visible=True),
         parts.verdict: verdict(first.result, second.result),
+        parts.scores: scores(first.result, second.result),
         parts.slider: gr.update(value=(first.path, second.path)),
         parts.map: drawn(first, second, amplify, pictures),
         parts.legend: legend(amplify),
@@ -105,19 +108,26 @@ def drawn(first: Shot, second: Shot, amplify: float, pictures: Pictures) -> str:
 
 
 def verdict(a: Result, b: Result) -> str:
-    """Say what `b` saved beside `a` and how close the pictures are, with PSNR and SSIM explained."""
-    score = compare.scores(a.image, b.image)
+    """Say what `b` saved beside `a`."""
     speed, _ = words.faster(a.seconds, b.seconds)
     size, _ = words.smaller(a.weight_bytes, b.weight_bytes)
     return (
-        '<div class="nb-verdict"><div class="nb-said">'
-        f"<h2>{escape(b.precision.upper())} is {speed.replace('same speed', 'as fast')}"
-        f" and {size.replace('same size', 'as large')}.</h2>"
-        f"<p>Same prompt, same seed, same noise as {escape(a.precision.upper())}; "
-        f"{a.request.steps} steps at {a.request.width} × {a.request.height}.</p></div>"
-        f'<dl class="nb-scores"><div><dt>PSNR</dt><dd>{words.decibels(score.psnr)}</dd>'
-        "<dd>pixel by pixel; above 30 the eye hardly tells</dd></div>"
-        f"<div><dt>SSIM</dt><dd>{score.ssim:.3f}</dd><dd>structure; 1 means the same</dd></div></dl></div>"
+        f'<div class="nb-section-head"><h2>{escape(b.precision.upper())} is {speed.replace("same speed", "as fast")}'
+        f" and {size.replace('same size', 'as large')}</h2>"
+        f"<p>The same prompt, seed and noise as {escape(a.precision.upper())}: seed {a.seed}, "
+        f"{a.request.steps} steps, {a.request.width} × {a.request.height} pixels.</p></div>"
+    )
+
+
+def scores(a: Result, b: Result) -> str:
+    """How close the two pictures are: PSNR and SSIM, each with a line on how to read it."""
+    score = compare.scores(a.image, b.image)
+    return (
+        '<dl class="nb-scores">'
+        f'<div><dt>PSNR</dt><dd class="nb-number">{words.decibels(score.psnr)}</dd>'
+        "<dd>Pixel by pixel. Above 30 the eye hardly tells them apart.</dd></div>"
+        f'<div><dt>SSIM</dt><dd class="nb-number">{score.ssim:.3f}</dd>'
+        "<dd>Edges and structure. 1 means the same.</dd></div></dl>"
     )
 
 

@@ -41,11 +41,12 @@ def build() -> History:
     with gr.Column(visible=False, elem_id="nb-history", elem_classes=["nb-section"]) as box:
         gr.HTML(
             '<div class="nb-section-head"><h2>This session</h2>'
-            f"<p>The last {LIMIT} pictures. Each PNG carries its settings: drop it on “Recall from PNG” any time.</p></div>"
+            f"<p>The last {LIMIT} pictures. Each PNG carries its settings; “Recall from PNG” reads them back.</p></div>"
         )
         gallery = gr.Gallery(
             show_label=False,
             columns=6,
+            fit_columns=False,
             height="auto",
             object_fit="cover",
             format="png",

@@ -32,7 +32,9 @@ def choose(model: str, models: Sequence[str], has_cuda: Callable[[], bool]) -> C
     small, large = catalogue.resolve(models[0]), [catalogue.resolve(name) for name in models[1:]]
     ready = [spec for spec in large if downloaded(spec)]
     if not ready:
-        return Choice(small, "The weights of the large models are not on this machine, so the small one that ships runs.")
+        return Choice(
+            small, "The large models are not on this machine, so the small one that ships with the suite runs."
+        )
     if not has_cuda():
         return Choice(small, f"{ready[0].title} is on this machine, but no CUDA device is, so the small model runs.")
     return Choice(ready[0], "A CUDA device and these weights are on this machine.")

@@ -37,11 +37,10 @@ def header(app: App) -> str:
     """Sign, name of the suite and the app, one sentence, and the light switch."""
     return (
         f'<header class="nb-header"><div class="nb-brand">{sign(app.nibble, 40)}'
-        f'<div><p>Nibble Studio</p><h1>{escape(app.title)}</h1></div></div>'
+        f"<div><p>Nibble Studio</p><h1>{escape(app.title)}</h1></div></div>"
         f'<p class="nb-summary">{escape(app.summary)}</p>'
         '<button type="button" id="nb-light" class="nb-light" aria-label="Switch between light and dark">'
-        '<svg viewBox="0 0 20 20" width="18" height="18" aria-hidden="true"><circle cx="10" cy="10" r="7.2" fill="none" '
-        'stroke="currentColor" stroke-width="1.6"/><path d="M10 2.8a7.2 7.2 0 0 1 0 14.4z" fill="currentColor"/></svg>'
+        f"{_asset('light.svg')}"
         "</button></header>"
     )
 
@@ -118,14 +117,17 @@ def explanation(app: App) -> str:
     """What the page shows and how 4-bit weights can do it, with a drawing."""
     return (
         '<section class="nb-section nb-about"><div class="nb-section-head"><h2>What am I looking at?</h2></div>'
-        f'<div class="nb-about-body"><div>{_asset("about.html")}{app.about}</div>{_asset("svdquant.svg")}</div></section>'
+        f'<div class="nb-about-body"><div>{_asset("about.html")}{app.about}</div>'
+        f"{_asset('svdquant.svg')}</div></section>"
     )
 
 
 def footer(choice: Choice, links: Mapping[str, str]) -> str:
     """Licence of the model in use and the programming interface."""
     spec = choice.spec
-    anchors = "".join(f'<a href="{escape(url)}" target="_blank" rel="noopener">{escape(name)}</a>' for name, url in links.items())
+    anchors = "".join(
+        f'<a href="{escape(url)}" target="_blank" rel="noopener">{escape(name)}</a>' for name, url in links.items()
+    )
     return (
         f'<footer class="nb-footer"><p>{sign(0b1111, 16)} Nibble Studio, Apache-2.0. '
         f"Model in use: {escape(spec.title)}, {escape(spec.licence or 'see its model card')}. "

@@ -23,13 +23,18 @@ __all__ = ["CHROMIUM_FLAGS", "find_chromium", "main", "paint", "shoot"]
 
 log = logging.getLogger("nibble")
 
-CHROMIUM_FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 VIEWS = {
-    "light": {"color_scheme": "light", "viewport": {"width": 1280, "height": 900}},
-    "dark": {"color_scheme": "dark", "viewport": {"width": 1280, "height": 900}},
+    "light": {"color_scheme": "light", "viewport": {"width": 1366, "height": 900}},
+    "dark": {"color_scheme": "dark", "viewport": {"width": 1366, "height": 900}},
     "phone": {
         "color_scheme": "light", "viewport": {"width": 390, "height": 844}, "is_mobile": True,
         "has_touch": True, "device_scale_factor": 2,
@@ -74,7 +79,11 @@ def shoot(browser: Browser, url: str, out: Path, prompt: str, seed: int) -> list
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the app, take the pictures, stop it. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m apps.common.screenshots", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m apps.common.screenshots",
+        description="Take the pictures of a page for the documentation: by day, by night and on a phone.",
+        epilog="Flags of the app follow after --, as in: --out docs/screenshots -- --model tiny",
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/screenshots"))
     parser.add_argument("--app", default="flux_t2i", help="folder of the app (default flux_t2i)")
     parser.add_argument("--prompt", default="a large red metal sphere left of a small blue cube")

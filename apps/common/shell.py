@@ -50,32 +50,34 @@ def build(studio: Studio) -> gr.Blocks:
 
 def _layout(studio: Studio) -> Page:
     controls: dict[str, gr.components.Component] = {}
-    gr.HTML(panels.header(studio.app), elem_id="nb-header")
-    banner = gr.HTML(panels.banner(studio.choice, studio.pool, studio.app), elem_id="nb-banner")
-    with gr.Column(elem_id="nb-desk", elem_classes=["nb-card"]):
-        with gr.Row(elem_classes=["nb-ask"], equal_height=True):
-            with gr.Column(scale=5, min_width=280):
+    with gr.Column(elem_id="nb-page"):
+        gr.HTML(panels.header(studio.app), elem_id="nb-header")
+        banner = gr.HTML(panels.banner(studio.choice, studio.pool, studio.app), elem_id="nb-banner")
+        with gr.Row(elem_id="nb-work"):
+            with gr.Column(elem_id="nb-desk", elem_classes=["nb-card"], min_width=300):
                 _place(studio, "prompt", controls)
-            with gr.Column(scale=1, min_width=170, elem_classes=["nb-go"]):
-                generate = gr.Button("Generate", variant="primary", elem_id="nb-generate")
-                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="nb-stop")
-        examples = _examples(studio)
-        message = gr.HTML("", elem_id="nb-message")
-        with gr.Row(elem_classes=["nb-seed-row"], equal_height=False):
-            _place(studio, "seed", controls)
-            randomise = gr.Checkbox(True, label="New seed each time", elem_id="nb-randomise", min_width=170)
-            last_seed = gr.Button("Reuse last seed", size="sm", interactive=False, elem_id="nb-last-seed", min_width=140)
-            recall = gr.UploadButton(
-                "Recall from PNG", size="sm", file_types=[".png"], elem_id="nb-recall", min_width=140, variant="secondary"
-            )
-        aspect = _options(studio, controls)
-    with gr.Row(elem_id="nb-columns", elem_classes=["nb-pair"]):
-        painted = {precision: columns.build(precision) for precision in studio.pool.precisions}
-    compared = comparison.build(studio.pool.precisions)
-    kept = history.build()
-    gr.HTML(panels.explanation(studio.app))
-    links = {"API and MCP": "?view=api", "OpenAPI": "gradio_api/openapi.json"}
-    gr.HTML(panels.footer(studio.choice, links))
+                with gr.Row(elem_classes=["nb-go"]):
+                    generate = gr.Button("Generate", variant="primary", elem_id="nb-generate", min_width=120)
+                    stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="nb-stop", min_width=80)
+                message = gr.HTML("", elem_id="nb-message")
+                examples = _examples(studio)
+                with gr.Row(elem_classes=["nb-seed"]):
+                    _place(studio, "seed", controls)
+                    randomise = gr.Checkbox(True, label="New seed each time", elem_id="nb-randomise", min_width=150)
+                with gr.Row(elem_classes=["nb-again"]):
+                    last_seed = gr.Button(
+                        "Reuse last seed", size="sm", interactive=False, elem_id="nb-last-seed", min_width=120
+                    )
+                    recall = gr.UploadButton(
+                        "Recall from PNG", size="sm", file_types=[".png"], elem_id="nb-recall", min_width=120
+                    )
+                aspect = _options(studio, controls)
+            with gr.Row(elem_id="nb-columns", elem_classes=["nb-pair"]):
+                painted = {precision: columns.build(precision) for precision in studio.pool.precisions}
+        compared = comparison.build(studio.pool.precisions)
+        kept = history.build()
+        gr.HTML(panels.explanation(studio.app))
+        gr.HTML(panels.footer(studio.choice, {"API and MCP": "?view=api", "OpenAPI": "gradio_api/openapi.json"}))
     return Page(
         banner, generate, stop, message, randomise, last_seed, recall, painted, compared, kept, gr.State(None),
         aspect, examples, controls,
@@ -92,21 +94,18 @@ def _place(studio: Studio, place: str, controls: dict[str, gr.components.Compone
 def _options(studio: Studio, controls: dict[str, gr.components.Component]) -> gr.Radio | None:
     aspect = None
     with gr.Accordion("Options", open=False, elem_id="nb-options"):
-        with gr.Row():
-            _place(studio, "options", controls)
+        _place(studio, "options", controls)
         if any(control.place == "size" for control in studio.controls):
-            with gr.Row():
-                with gr.Column(min_width=280):
-                    aspect = gr.Radio(list(ASPECTS), value="1:1", label="Shape", elem_id="nb-aspect")
-                _place(studio, "size", controls)
+            aspect = gr.Radio(list(ASPECTS), value="1:1", label="Shape", elem_id="nb-aspect")
+            _place(studio, "size", controls)
     return aspect
 
 
 def _examples(studio: Studio) -> list[gr.Button]:
-    with gr.Row(elem_classes=["nb-chips"]):
-        if studio.app.examples:
-            gr.HTML("Try")
+    if not studio.app.examples:
+        return []
+    with gr.Column(elem_id="nb-examples"):
+        gr.HTML("<p>Try one of these</p>")
         return [
-            gr.Button(str(example["prompt"]), size="sm", min_width=0, scale=0, elem_classes=["nb-chip"])
-            for example in studio.app.examples
+            gr.Button(str(example["prompt"]), size="sm", elem_classes=["nb-example"]) for example in studio.app.examples
         ]

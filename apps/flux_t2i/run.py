@@ -1,6 +1,6 @@
 """Text to image with FLUX, in 16 bits and in 4, side by side.
 
-    python apps/flux_t2i/run.py --help
+python apps/flux_t2i/run.py --help
 """
 
 from __future__ import annotations

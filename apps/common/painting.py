@@ -1,0 +1,181 @@
+"""One press of Generate, from the click to the pictures: start, run, stop, and what each puts on the page."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from apps.common import columns, comparison, history, panels
+from apps.common.comparison import Shot
+from apps.common.runner import Began, Event, Failed, Finished, Job, Loads, Stepped, Stopped, events
+from apps.common.studio import Studio
+from engine import RequestError
+from engine.request import MAX_SEED
+
+if TYPE_CHECKING:
+    from apps.common.shell import Page
+
+__all__ = ["DEVICE", "PRIVATE", "Painter", "session", "wire"]
+
+# One name for all that uses the device: Gradio then runs them one at a time, in the order they came.
+DEVICE = "device"
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+def session(request: gr.Request) -> str:
+    """The name of the browser page that asks."""
+    return request.session_hash or "no session"
+
+
+def wire(page: Page, studio: Studio) -> None:
+    """Connect Generate, Ctrl+Enter and Stop."""
+    painter = Painter(page, studio)
+    asked = {*page.controls.values(), page.randomise}
+    started = [page.message, page.generate, page.stop, page.controls["seed"], *painter.columns]
+    compared, kept = page.comparison, page.history
+    shown = [page.message, compared.box, compared.verdict, compared.scores, compared.slider, compared.map]
+    shown += [compared.legend, compared.shots, kept.box, kept.gallery, kept.entries, page.last, page.last_seed]
+    shown += painter.columns
+    begun = gr.on(
+        [page.generate.click, page.controls["prompt"].submit],  # pyright: ignore[reportAttributeAccessIssue]
+        painter.start,
+        inputs=asked,
+        outputs=started,
+        queue=False,
+        **PRIVATE,
+    )
+    ran = begun.then(
+        painter.run,
+        inputs={kept.entries, compared.other, compared.amplify},
+        outputs=shown,
+        concurrency_id=DEVICE,
+        concurrency_limit=1,
+        **PRIVATE,
+    )
+    ran.then(painter.rest, outputs=[page.generate, page.stop], queue=False, **PRIVATE)
+    page.stop.click(painter.stop, outputs=[page.stop, page.message], queue=False, **PRIVATE)
+
+
+class Painter:
+    """The handlers of one press of Generate: start, run, rest; and Stop."""
+
+    def __init__(self, page: Page, studio: Studio) -> None:
+        self.page = page
+        self.studio = studio
+        self.columns = [
+            part
+            for column in page.columns.values()
+            for part in (column.status, column.canvas, column.image, column.figures)
+        ]
+
+    def start(self, data: dict, request: gr.Request) -> dict:
+        """Check the values and file the job; nothing runs yet, so a mistake is told at once."""
+        page = self.page
+        values = {name: data[component] for name, component in page.controls.items()}
+        if data[page.randomise]:
+            values["seed"] = random.randrange(MAX_SEED + 1)
+        try:
+            job = Job(self.studio.request(values), self.studio.pool.precisions, values)
+        except RequestError as error:
+            return {page.message: panels.message(str(error))}
+        if not self.studio.desk.open(session(request), job):
+            return {page.message: panels.message("A picture is being painted; Stop ends it.", "note")}
+        updates: dict = {
+            page.message: "",
+            page.controls["seed"]: values["seed"],
+            page.generate: gr.update(value="Painting…", interactive=False),
+            page.stop: gr.update(interactive=True),
+        }
+        for precision, column in page.columns.items():
+            updates[column.status] = columns.status(precision, "idle", "Waiting for its turn")
+            updates[column.canvas] = gr.update(value=columns.canvas(0), visible=True)
+            updates[column.image] = gr.update(value=None, visible=False)
+            updates[column.figures] = columns.figures(None)
+        return updates
+
+    def run(self, data: dict, request: gr.Request) -> Iterator[dict]:
+        """Run the session's job and yield what changes on the page, each column as soon as it has something."""
+        job = self.studio.desk.claim(session(request))
+        if job is None:
+            return
+        try:
+            verdict = self.studio.judge(job.request)
+            if not verdict.allowed:
+                yield self._refused(panels.refusal(verdict))
+                return
+            yield {self.page.comparison.box: gr.update(visible=False), self.page.comparison.shots: {}}
+            shots: dict[str, Shot] = {}
+            entries = data[self.page.history.entries]
+            for event in events(self.studio.pool, job):
+                if isinstance(event, Finished):
+                    path = self.studio.pictures.save(event.result)
+                    shots[event.precision] = Shot(path, event.result)
+                    entries = history.add(entries, path, event.result, job.values)
+                    yield self._finished(shots, entries, job, data)
+                else:
+                    yield self._progress(event)
+        finally:
+            self.studio.desk.close(session(request), job)
+
+    def rest(self) -> dict:
+        """After a run, however it ended."""
+        return {
+            self.page.generate: gr.update(value="Generate", interactive=True),
+            self.page.stop: gr.update(value="Stop", interactive=False),
+        }
+
+    def stop(self, request: gr.Request) -> dict:
+        """Set the job's stop flag; the run ends at its next step."""
+        if self.studio.desk.stop(session(request)):
+            return {self.page.stop: gr.update(value="Stopping…", interactive=False)}
+        return {self.page.message: panels.message("Nothing is running.", "note")}
+
+    def _progress(self, event: Event) -> dict:
+        column = self.page.columns[event.precision]
+        updates: dict = {column.status: _head(event)}
+        if isinstance(event, Stepped):
+            updates[column.canvas] = columns.canvas(event.step.index / event.step.total)
+        return updates
+
+    def _refused(self, card: str) -> dict:
+        updates: dict = {self.page.message: card}
+        for precision, column in self.page.columns.items():
+            updates[column.status] = columns.status(precision, "stopped", "Not painted")
+        return updates
+
+    def _finished(self, shots: dict[str, Shot], entries: list[history.Entry], job: Job, data: dict) -> dict:
+        page, results = self.page, {precision: shot.result for precision, shot in shots.items()}
+        newest = list(shots)[-1]
+        updates: dict = {
+            page.columns[newest].status: columns.status(newest, "done", f"Done, seed {job.request.seed}"),
+            page.columns[newest].canvas: gr.update(visible=False),
+            page.columns[newest].image: gr.update(value=shots[newest].path, visible=True),
+            page.comparison.shots: dict(shots),
+            page.history.box: gr.update(visible=True),
+            page.history.gallery: gr.update(value=history.items(entries), selected_index=None),
+            page.history.entries: entries,
+            page.last: job.request.seed,
+            page.last_seed: gr.update(value=f"Reuse seed {job.request.seed}", interactive=True),
+        }
+        # A column that finished before the 16-bit one learns its speed-up only now.
+        for precision, result in results.items():
+            updates[page.columns[precision].figures] = columns.figures(result, results)
+        other, amplify = data[page.comparison.other], data[page.comparison.amplify]
+        return updates | comparison.shown(page.comparison, shots, other, amplify, self.studio.pictures)
+
+
+def _head(event: Event) -> str:
+    if isinstance(event, Loads):
+        return columns.status(event.precision, "busy", "Loading the weights")
+    if isinstance(event, Began):
+        return columns.status(event.precision, "busy", "Getting ready")
+    if isinstance(event, Stepped):
+        return columns.step_status(event.precision, event.step)
+    if isinstance(event, Stopped):
+        return columns.status(event.precision, "stopped", "Stopped")
+    if isinstance(event, Failed):
+        return columns.status(event.precision, "failed", event.text)
+    raise TypeError(f"no words for {type(event).__name__}")
