@@ -53,11 +53,40 @@ class SVDQuantLinear(nn.Module):
         self.mode = "int8" if activation == "w4a8" else ("uint4" if unsigned_input else "int4")
         if self.mode == "uint4":
             linear = fold_gelu_shift(linear)
+        self.own_rank = linear.rank
+        self.branch_scale: Tensor | None = None
+        self.bias_delta: Tensor | None = None
         self._hold(ops.pack(linear, backend, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), in the dtype of x."""
-        return ops.svdq_linear(x, self.packed, self.mode)
+        if self.branch_scale is None:
+            y = ops.svdq_linear(x, self.packed, self.mode)
+        else:
+            act = ops.quantize_act(x, self.packed, self.mode)
+            act = act._replace(low_rank=act.low_rank * self.branch_scale)
+            y = ops.linear(act, self.packed, x.dtype).view(*x.shape[:-1], self.out_features)
+        return y if self.bias_delta is None else y + self.bias_delta
+
+    def extend_branch(self, down: Tensor | None, up: Tensor | None, scale: Tensor | None) -> None:
+        """Put more ranks (LoRAs) beside the layer's own: down (R', K), up (N, R'), R' a multiple of 16.
+
+        `scale` (own rank + R') float32 multiplies the low-rank activations; changing it in place takes effect at the
+        next call. Three Nones take the ranks away again, which restores the layer bit for bit.
+        """
+        linear, own = ops.unpack(self.packed), self.own_rank
+        factors: dict[str, Tensor | None] = {"lora_down": None, "lora_up": None}
+        if own:
+            factors = {"lora_down": linear.lora_down[:own], "lora_up": linear.lora_up[:, :own].contiguous()}  # pyright: ignore[reportOptionalSubscript]
+        if down is not None and up is not None:
+            like = factors["lora_down"] if own else linear.wscales.new_empty(0, dtype=self.dtype)
+            new_down, new_up = (value.to(like.device, like.dtype) for value in (down, up))  # pyright: ignore[reportOptionalMemberAccess]
+            factors = {
+                "lora_down": torch.cat((factors["lora_down"], new_down)) if own else new_down,  # pyright: ignore[reportArgumentType]
+                "lora_up": torch.cat((factors["lora_up"], new_up), 1) if own else new_up,  # pyright: ignore[reportArgumentType]
+            }
+        self._hold(ops.pack(replace(linear, **factors), self.packed.backend, self.packed.dtype))
+        self.branch_scale = scale
 
     @property
     def backend(self) -> str:
@@ -81,9 +110,7 @@ class SVDQuantLinear(nn.Module):
         device = fn(torch.empty(0, device=probe.device)).device
         if device != probe.device:
             canonical = ops.unpack(self.packed)
-            moved = {
-                name: value.to(device) for name, value in vars(canonical).items() if isinstance(value, Tensor)
-            }
+            moved = {name: value.to(device) for name, value in vars(canonical).items() if isinstance(value, Tensor)}
             backend = ops.backends.select(device).name
             self._hold(ops.pack(replace(canonical, **moved), backend, self.dtype))
         return self
@@ -96,11 +123,24 @@ class AWQLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = weight.k, weight.n
         self.dtype = dtype
+        self.branch: tuple[Tensor, Tensor, Tensor] | None = None
+        self.bias_delta: Tensor | None = None
         self._hold(ops.pack_awq(weight, backend, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), in the dtype of x."""
-        return ops.awq_linear(x, self.packed)
+        y = ops.awq_linear(x, self.packed)
+        if self.branch is not None:
+            down, up, scale = self.branch
+            y = y + ((x.float() @ down.T) * scale @ up.T).to(y.dtype)
+        return y if self.bias_delta is None else y + self.bias_delta
+
+    def extend_branch(self, down: Tensor | None, up: Tensor | None, scale: Tensor | None) -> None:
+        """Add a low-rank branch (LoRAs) down (R, K), up (N, R) with `scale` (R) float32; three Nones remove it."""
+        if down is None or up is None or scale is None:
+            self.branch = None
+        else:
+            self.branch = (down.to(scale.device, torch.float32), up.to(scale.device, torch.float32), scale)
 
     @property
     def backend(self) -> str:
@@ -121,9 +161,7 @@ class AWQLinear(nn.Module):
         device = fn(torch.empty(0, device=probe.device)).device
         if device != probe.device:
             canonical = ops.unpack_awq(self.packed)
-            moved = {
-                name: value.to(device) for name, value in vars(canonical).items() if isinstance(value, Tensor)
-            }
+            moved = {name: value.to(device) for name, value in vars(canonical).items() if isinstance(value, Tensor)}
             self._hold(ops.pack_awq(replace(canonical, **moved), ops.backends.select(device).name, self.dtype))
         return self
 

@@ -34,7 +34,7 @@ def compose(loras: Sequence[tuple[LoraWeights, float]]) -> LoraWeights:
 
 def _fused(lora: LoraWeights) -> dict[str, Factors]:
     found = dict(lora.factors)
-    for fused, leaves in list(FUSED.items())[:2]:
+    for fused, leaves in list(FUSED.items())[:3]:
         for block in sorted(
             {name.removesuffix(leaf) for leaf in leaves for name in lora.factors if name.endswith(f".{leaf}")}
         ):

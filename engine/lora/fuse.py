@@ -17,6 +17,8 @@ RANK_TILE = 16
 FUSED = {
     "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "attn.add_qkv_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    # diffusers' own name for the second
     "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 }
 

@@ -1,0 +1,91 @@
+"""LoRAs on layers that stay in 16 bits: merged into the weight, with the original kept for the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import ArgumentError
+from engine.lora.targets import Target
+from engine.lora.weights import Factors
+
+__all__ = ["DenseMerge", "NormSwap"]
+
+
+class DenseMerge:
+    """One nn.Linear with W = original + sum of strength * up @ down, and the same for its bias.
+
+    `deltas` and `biases` carry the index of the LoRA they belong to. A LoRA that reads more input channels than the
+    layer has (FLUX control LoRAs on x_embedder) widens the layer with zero columns.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: Target,
+        deltas: Sequence[tuple[int, Factors]],
+        biases: Sequence[tuple[int, Tensor]],
+    ) -> None:
+        layer = target.layer
+        if not isinstance(layer, nn.Linear):
+            raise ArgumentError(f"{target.name}: expected an nn.Linear, got {type(layer).__name__}")
+        self._layer, self._model = layer, model
+        self._weight, self._bias = layer.weight, layer.bias
+        self._width = layer.in_features
+        device = layer.weight.device
+        self._deltas = [(i, f.down.to(device, torch.float32), f.up.to(device, torch.float32)) for i, f in deltas]
+        self._biases = [(i, bias.to(device, torch.float32)) for i, bias in biases]
+        width = max([self._width, *(down.shape[1] for _, down, _ in self._deltas)])
+        self._base = nn.functional.pad(self._weight.detach().float(), (0, width - self._width))
+        layer.weight = nn.Parameter(self._base.to(self._weight.dtype), requires_grad=False)
+        if self._biases:
+            like = torch.zeros(layer.out_features, device=device) if self._bias is None else self._bias.detach()
+            layer.bias = nn.Parameter(like.to(self._weight.dtype, copy=True), requires_grad=False)
+        self._set_width(width)
+
+    def apply(self, strengths: Sequence[float]) -> None:
+        """Set weight and bias for these strengths, in place."""
+        total = self._base
+        for index, down, up in self._deltas:
+            part = up * strengths[index]
+            total = total.clone() if total is self._base else total
+            total[:, : down.shape[1]].addmm_(part, down)
+        self._layer.weight.data.copy_(total)
+        if self._biases:
+            base = 0 if self._bias is None else self._bias.detach().float()
+            self._layer.bias.data.copy_(base + sum(strengths[index] * bias for index, bias in self._biases))
+
+    def restore(self) -> None:
+        """Put the original parameters back."""
+        self._layer.weight, self._layer.bias = self._weight, self._bias
+        self._set_width(self._width)
+
+    def _set_width(self, width: int) -> None:
+        if width == self._layer.in_features:
+            return
+        self._layer.in_features = width
+        model: Any = self._model
+        if hasattr(model, "register_to_config"):
+            # Pipelines ask the config how many channels to prepare.
+            model.register_to_config(in_channels=width)
+
+
+class NormSwap:
+    """A norm weight that a LoRA replaces; there is no half-way, so any strength but 0 uses the new one."""
+
+    def __init__(self, module: nn.Module, index: int, value: Tensor) -> None:
+        self._module, self._index = module, index
+        self._original = module.weight
+        like = module.weight.detach()  # pyright: ignore[reportCallIssue]
+        self._new = nn.Parameter(value.to(like.device, like.dtype), requires_grad=False)
+
+    def apply(self, strengths: Sequence[float]) -> None:
+        """Use the new weight or the original one."""
+        self._module.weight = self._new if strengths[self._index] else self._original
+
+    def restore(self) -> None:
+        """Put the original parameter back."""
+        self._module.weight = self._original
