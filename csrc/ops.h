@@ -71,9 +71,8 @@ struct AwqLinear {
   const float* bias;
   int64_t n, k;
   DType scale_dtype;
-  const void* x;
+  const float* x;  // (M,K), rows x_stride elements apart
   int64_t m, x_stride;
-  DType x_dtype;
   void* y;
   DType y_dtype;
 };

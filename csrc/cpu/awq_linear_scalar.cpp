@@ -13,7 +13,7 @@ void awq_linear_scalar(const AwqLinear& p, Range panels) {
         float weighted = 0.0f, plain = 0.0f;  // sum of code * x and of x over the group
         for (int64_t k = g * kGroup; k < (g + 1) * kGroup; ++k) {
           const uint8_t byte = p.codes[((panel * p.k / 8 + k / 8) * kPanel + lane) * 4 + k % 4];
-          const float x = load_float(p.x, row * p.x_stride + k, p.x_dtype);
+          const float x = p.x[row * p.x_stride + k];
           weighted += static_cast<float>(k % 8 < 4 ? byte & 15 : byte >> 4) * x;
           plain += x;
         }

@@ -87,7 +87,7 @@ Status svdq_linear(int isa, const Panels& panels, Address buffer, Address x, int
 }
 
 Status awq_linear(int isa, int64_t n, int64_t k, int scale_dtype, Address buffer, std::array<int64_t, 4> offsets,
-                  Address x, int x_dtype, int64_t x_stride, int64_t m, Address y, int y_dtype, int threads) {
+                  Address x, int64_t x_stride, int64_t m, Address y, int y_dtype, int threads) {
   auto part = [&](size_t i) { return buffer + static_cast<Address>(offsets[i]); };
   const AwqLinear p{at<const uint8_t>(part(0)),
                     at<const uint16_t>(part(1)),
@@ -96,10 +96,9 @@ Status awq_linear(int isa, int64_t n, int64_t k, int scale_dtype, Address buffer
                     n,
                     k,
                     DType(scale_dtype),
-                    at<const void>(x),
+                    at<const float>(x),
                     m,
                     x_stride,
-                    DType(x_dtype),
                     at<void>(y),
                     DType(y_dtype)};
   return run_awq_linear(isa_table()[isa], p, threads);

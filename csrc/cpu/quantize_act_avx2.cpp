@@ -82,8 +82,10 @@ void low_rank_tile(const QuantizeAct& p, int64_t row, int64_t r) {
     }
   }
   NIBBLE_UNROLL
-  for (int i = 0; i < Rows; ++i) NIBBLE_UNROLL
-  for (int v = 0; v < 2; ++v) _mm256_storeu_ps(p.low_rank + (row + i) * rank + r + 8 * v, sum[i][v]);
+  for (int i = 0; i < Rows; ++i) {
+    NIBBLE_UNROLL
+    for (int v = 0; v < 2; ++v) _mm256_storeu_ps(p.low_rank + (row + i) * rank + r + 8 * v, sum[i][v]);
+  }
 }
 
 template <DType X, DType L>

@@ -94,8 +94,10 @@ inline void low_rank_tile(const QuantizeAct& p, int64_t row, int64_t r) {
   const char* x = static_cast<const char*>(p.x) + row * p.x_stride * size_of(X);
   __m512 sum[Rows][Vectors];
   NIBBLE_UNROLL
-  for (int i = 0; i < Rows; ++i) NIBBLE_UNROLL
-  for (int v = 0; v < Vectors; ++v) sum[i][v] = _mm512_setzero_ps();
+  for (int i = 0; i < Rows; ++i) {
+    NIBBLE_UNROLL
+    for (int v = 0; v < Vectors; ++v) sum[i][v] = _mm512_setzero_ps();
+  }
   for (int64_t k = 0; k < p.w->k; k += 2) {
     __m512 even[Vectors], odd[Vectors];
     NIBBLE_UNROLL
@@ -110,8 +112,10 @@ inline void low_rank_tile(const QuantizeAct& p, int64_t row, int64_t r) {
     }
   }
   NIBBLE_UNROLL
-  for (int i = 0; i < Rows; ++i) NIBBLE_UNROLL
-  for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(p.low_rank + (row + i) * rank + r + 16 * v, sum[i][v]);
+  for (int i = 0; i < Rows; ++i) {
+    NIBBLE_UNROLL
+    for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(p.low_rank + (row + i) * rank + r + 16 * v, sum[i][v]);
+  }
 }
 
 }  // namespace

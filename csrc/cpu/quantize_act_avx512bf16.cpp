@@ -15,8 +15,10 @@ inline void low_rank_pairs(const QuantizeAct& p, int64_t row, int64_t r) {
   const uint16_t* x = static_cast<const uint16_t*>(p.x) + row * p.x_stride;
   __m512 sum[Rows][Vectors];
   NIBBLE_UNROLL
-  for (int i = 0; i < Rows; ++i) NIBBLE_UNROLL
-  for (int v = 0; v < Vectors; ++v) sum[i][v] = _mm512_setzero_ps();
+  for (int i = 0; i < Rows; ++i) {
+    NIBBLE_UNROLL
+    for (int v = 0; v < Vectors; ++v) sum[i][v] = _mm512_setzero_ps();
+  }
   for (int64_t k = 0; k < p.w->k; k += 2) {
     __m512bh pairs[Vectors];
     NIBBLE_UNROLL
@@ -33,8 +35,10 @@ inline void low_rank_pairs(const QuantizeAct& p, int64_t row, int64_t r) {
     }
   }
   NIBBLE_UNROLL
-  for (int i = 0; i < Rows; ++i) NIBBLE_UNROLL
-  for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(p.low_rank + (row + i) * rank + r + 16 * v, sum[i][v]);
+  for (int i = 0; i < Rows; ++i) {
+    NIBBLE_UNROLL
+    for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(p.low_rank + (row + i) * rank + r + 16 * v, sum[i][v]);
+  }
 }
 
 template <int Rows>

@@ -26,5 +26,5 @@ def svdq_linear(
 def svdq_linear_scratch(isa: int, panels: Panels, m: int, mode: int, threads: int, /) -> int: ...
 def awq_linear(
     isa: int, n: int, k: int, scale_dtype: int, buffer: int, offsets: tuple[int, ...],
-    x: int, x_dtype: int, x_stride: int, m: int, y: int, y_dtype: int, threads: int, /,
+    x: int, x_stride: int, m: int, y: int, y_dtype: int, threads: int, /,
 ) -> str | None: ...

@@ -94,12 +94,12 @@ def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> Tensor:
 def awq_linear(x: Tensor, blob: Tensor, spec: Spec) -> Tensor:
     """x (..., K) -> y (..., N) in the dtype of x, weights only quantized."""
     kernels, isa, (n, k, scale_dtype, offsets) = _native(spec)
-    rows = _rows(x)
-    m, dtype = rows.shape[0], DTYPES[x.dtype]
+    rows = _rows(x).float()  # few tokens, each read once a panel of weights
+    m = rows.shape[0]
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     if m:
         _check(kernels.awq_linear(
-            isa, n, k, scale_dtype, blob.data_ptr(), offsets, rows.data_ptr(), dtype, rows.stride(0), m,
-            y.data_ptr(), dtype, torch.get_num_threads(),
+            isa, n, k, scale_dtype, blob.data_ptr(), offsets, rows.data_ptr(), rows.stride(0), m,
+            y.data_ptr(), DTYPES[x.dtype], torch.get_num_threads(),
         ))  # fmt: skip
     return y
