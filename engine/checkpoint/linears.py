@@ -124,8 +124,10 @@ class SvdqPiece:
     def present(self, small: Tensors) -> set[str]:
         there = {part: small[self._name(part)] for part in self.names if self._name(part) in small}
         found = {part for part in ("wtscale", "wcscales") if part in there}
-        if "smooth_orig" in there and not same_bits(there["smooth_orig"], there["smooth"]):
-            found.add("smooth_orig")
+        if "smooth_orig" in there:
+            plain = [packing.unpack_vector(there[part])[: self.width] for part in ("smooth_orig", "smooth")]
+            if not same_bits(*plain):
+                found.add("smooth_orig")
         names = {f"{part.name}.{kind}" for part in self.parts for kind in found}
         if "bias" in there:
             bias = packing.unpack_vector(there["bias"])

@@ -25,6 +25,7 @@ CLASSES: Mapping[str, str] = {
 }
 _ACTIVATION = {"int4": "int4", "nvfp4": "fp4_e2m1_all"}
 _DEFAULT_RANK = 32
+_MAX_SIZE = 2**20
 
 
 def open_source(files: TensorFiles, model_class: str) -> PublishedSource:
@@ -34,11 +35,12 @@ def open_source(files: TensorFiles, model_class: str) -> PublishedSource:
     """
     _check_class(files, model_class)
     config = _config(files)
-    precision = "nvfp4" if any(files.dtype(name) == "F8_E4M3" for name in files) else "int4"
+    scales = (name for name in files if name.endswith(".wscales"))
+    precision = "nvfp4" if any(files.dtype(name) == "F8_E4M3" for name in scales) else "int4"
     rank = _rank(files)
     try:
         layers = pieces_for(model_class, config, precision, rank, list(files))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{files.path}: its model config is incomplete or damaged ({error!r})") from error
     details = Quantization(model_class, config, precision, GROUPS[precision], rank)
     canonical = details.metadata()
@@ -167,3 +169,8 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if key.startswith("num_") and not (isinstance(value, int) and 0 <= value <= 4096):
             raise ValueError(f"{key} = {value!r}")
+        if isinstance(value, int | float) and not abs(value) <= _MAX_SIZE:
+            raise ValueError(f"{key} = {value!r}")
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if width % 32 or not 0 < width * max(1, config.get("mlp_ratio") or 1) <= _MAX_SIZE:
+        raise ValueError(f"num_attention_heads * attention_head_dim = {width}")

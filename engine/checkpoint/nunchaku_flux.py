@@ -18,6 +18,8 @@ def pieces(config: Mapping[str, Any], precision: str, rank: int) -> list[Piece]:
     """All layers of a FluxTransformer2DModel with this diffusers `config`, in the order the model runs them."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
     head = config["attention_head_dim"]
+    if width % 128:
+        raise ValueError(f"FLUX of width {width}: 4-bit layers need a multiple of 128")
     layers: list[Piece] = []
     for index in range(config["num_layers"]):
         layers += _double(f"transformer_blocks.{index}", width, head, precision, rank)

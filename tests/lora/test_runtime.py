@@ -75,11 +75,10 @@ def run_dense(model: torch.nn.Module, loras: list[tuple[LoraWeights, float]]) ->
 def test_a_lora_does_what_it_does_to_dense_weights(name: str, model: FluxTransformer2DModel, exact: torch.nn.Module):
     lora = read_lora(LORA / f"{name}.safetensors")
     before = run(model)
-    load_lora(model, LORA / f"{name}.safetensors", strength=1.5)
-    after, wanted = run(model), run_dense(exact, [(lora, 1.5)])
+    load_lora(model, LORA / f"{name}.safetensors", strength=6)
+    after, wanted = run(model), run_dense(exact, [(lora, 6)])
+    assert relative(before, wanted) > 0.3
     assert relative(after, wanted) < 0.03
-    # The change is what is wanted: far nearer to it than doing nothing is.
-    assert relative(after, wanted) < 0.35 * relative(before, wanted) or relative(before, wanted) < 0.05
     unload_lora(model)
     assert torch.equal(run(model), before)
 
