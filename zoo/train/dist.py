@@ -70,6 +70,8 @@ def start(device: str = "auto") -> World:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+        # Seen on an H200 with torch 2.11: cuDNN's attention gives NaN gradients and reads outside its buffers here.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if size > 1:
         cuda = where.type == "cuda"
         if not cuda:

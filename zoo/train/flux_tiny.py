@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 
 from zoo import scenes
 from zoo.train import captions, denoiser, dist, distill, models, pool, samples, vae, vocab
@@ -38,6 +39,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", type=Path, help="a model folder to start from; its autoencoder is kept unless trained"
     )
+    parser.add_argument("--vae", type=Path, help="a folder with an autoencoder to take over; the rest starts anew")
     parser.add_argument("--minutes", type=float, default=15.0, help="of the whole run")
     for stage in ("render", "vae", "flow", "distill"):
         parser.add_argument(f"--minutes-{stage}", type=float, help=f"of the {stage} stage; 0 leaves it out")
@@ -80,7 +82,8 @@ class Run:
         given = getattr(self.args, f"minutes_{stage}")
         if given is not None:
             return given
-        return 0.0 if stage == "vae" and self.args.resume else self.config["minutes"][stage]
+        kept = self.args.resume or self.args.vae
+        return 0.0 if stage == "vae" and kept else self.config["minutes"][stage]
 
     def split(self) -> dict[str, float]:
         """Minutes for flow matching and distillation: what is given, else shares of what is left of the whole run."""
@@ -199,7 +202,10 @@ def start(args: argparse.Namespace) -> Run:
             else:
                 write(vocab.vocabulary_words(scenes.vocabulary()), tokenizers / name)
     world.barrier()
-    parts = (models.load(args.resume) if args.resume else models.build(config, tokenizers)).to(world.device)
+    parts = models.load(args.resume) if args.resume else models.build(config, tokenizers)
+    if args.vae:
+        parts.vae = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32)
+    parts.to(world.device)
     sizes = {name: models.count(module) for name, module in parts.named().items()}
     log("start", device=str(world.device), world=world.size, torch=torch.__version__, **sizes)
     return Run(args, config, world, log, began, tokenizers, parts)

@@ -16,6 +16,7 @@ from torch import nn
 
 from zoo.train.dist import World
 
+_PROBED = 8
 _ALIGN = 64  # elements: each parameter starts on a 256-byte border, which compiled kernels may rely on
 
 
@@ -35,7 +36,7 @@ class FlatModel:
 
     def __init__(self, module: nn.Module, world: World, *, lr: float, betas=(0.9, 0.98), weight_decay=0.01, clip=1.0,
                  channels_last=False):  # fmt: skip
-        self.world, self.lr, self.clip = world, lr, clip
+        self.world, self.lr, self.clip, self.steps = world, lr, clip, 0
         params = [p for p in module.parameters() if p.requires_grad]
         decayed = [p for p in params if p.ndim >= 2]
         plain = [p for p in params if p.ndim < 2]
@@ -68,10 +69,14 @@ class FlatModel:
     def step(self, factor: float) -> torch.Tensor:
         """Average the gradients, clip them, step at `factor` times the learning rate. Returns the norm, 0-d.
 
-        A gradient with a NaN or an infinity in it is dropped whole, without waiting for the device to say so.
+        A gradient with a NaN or an infinity in it is dropped whole, without waiting for the device to say so; only in
+        the `_PROBED`th step, when scaling has settled, is one an error, lest a broken kernel cost the whole run.
         """
         self.world.average(self.grad)
         norm = self.grad.norm()
+        self.steps += 1
+        if self.steps == _PROBED and not bool(torch.isfinite(norm)):
+            raise FloatingPointError(f"the gradient of step {self.steps} is not finite ({float(norm)})")
         scale = torch.where(torch.isfinite(norm), (self.clip / (norm + 1e-6)).clamp(max=1.0), 0.0)
         self.grad.nan_to_num_(0.0, 0.0, 0.0).mul_(scale)
         for group in self.adam.param_groups:
