@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.errors import BackendError
 from engine.ops.backends import cpu_kernels, isa_index
-from engine.ops.layout import Spec
+from engine.ops.layout import Spec, parse
 from engine.ops.reference import QuantizedAct
 
 __all__ = ["awq_linear", "linear", "quantize_act", "svdq_linear"]
@@ -20,8 +20,12 @@ MODES = {"int8": 0, "int4": 1, "uint4": 2}  # enum ActMode in csrc/ops.h
 
 
 @lru_cache(maxsize=4096)
-def _native(spec: Spec) -> tuple[Any, int, Any]:
-    """The compiled module, the instruction set's number, and the layer's sizes in the form the module takes."""
+def _native(key: str) -> tuple[Any, int, Any]:
+    """The compiled module, the instruction set's number, and the layer's sizes in the form the module takes.
+
+    Cached by key, since hashing a string costs nothing the second time, and hashing a Spec a microsecond each time.
+    """
+    spec = parse(key)
     kernels, parts = cpu_kernels(), spec.sections
     if spec.family == "awq":
         offsets = tuple(parts[name].offset for name in ("codes", "scales", "zeros", "bias"))
@@ -45,7 +49,7 @@ def _check(status: str | None) -> None:
 
 def quantize_act(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> QuantizedAct:
     """x (..., K) -> codes (M, K), scales, low_rank (M, R)."""
-    kernels, isa, panels = _native(spec)
+    kernels, isa, panels = _native(spec.key)
     rows = _rows(x)
     m = rows.shape[0]
     codes = torch.empty((m, spec.k), dtype=torch.int8)
@@ -61,7 +65,7 @@ def quantize_act(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> QuantizedAct
 
 def linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: torch.dtype) -> Tensor:
     """Quantized tokens -> y (M, N)."""
-    kernels, isa, panels = _native(spec)
+    kernels, isa, panels = _native(spec.key)
     codes, scales, low_rank = (t.contiguous() for t in act)
     m, threads = codes.shape[0], torch.get_num_threads()
     y = torch.empty((m, spec.n), dtype=out_dtype)
@@ -77,7 +81,7 @@ def linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: torch.dtype) 
 
 def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> Tensor:
     """x (..., K) -> y (..., N): quantize_act and linear in one call."""
-    kernels, isa, panels = _native(spec)
+    kernels, isa, panels = _native(spec.key)
     rows = _rows(x)
     m, dtype, threads, code = rows.shape[0], DTYPES[x.dtype], torch.get_num_threads(), MODES[mode]
     y = torch.empty((*x.shape[:-1], spec.n), dtype=x.dtype)
@@ -93,7 +97,7 @@ def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> Tensor:
 
 def awq_linear(x: Tensor, blob: Tensor, spec: Spec) -> Tensor:
     """x (..., K) -> y (..., N) in the dtype of x, weights only quantized."""
-    kernels, isa, (n, k, scale_dtype, offsets) = _native(spec)
+    kernels, isa, (n, k, scale_dtype, offsets) = _native(spec.key)
     rows = _rows(x).float()  # few tokens, each read once a panel of weights
     m = rows.shape[0]
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
