@@ -88,8 +88,9 @@ def test_the_pipeline_paints_and_the_control_map_matters(flux_base, tmp_path):
     pipe.load_lora_weights(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     paint = lambda level: pipe(  # noqa: E731
-        prompt="a red cube", control_image=torch.full((1, 3, 64, 64), level), height=64, width=64, num_inference_steps=2,
-        guidance_scale=3.0, max_sequence_length=64, generator=torch.Generator().manual_seed(0), output_type="pt",
+        prompt="a red cube", control_image=torch.full((1, 3, 64, 64), level), height=64, width=64,
+        num_inference_steps=2, guidance_scale=3.0, max_sequence_length=64,
+        generator=torch.Generator().manual_seed(0), output_type="pt",
     ).images  # fmt: skip
     assert paint(0.0).shape == (1, 3, 64, 64)
     assert not torch.equal(paint(0.0), paint(1.0))
@@ -161,8 +162,9 @@ def test_one_case_can_be_learnt(flux_base):
 
 @pytest.mark.slow
 def test_the_driver_runs_from_start_to_sheet(flux_base, tmp_path):
-    control.main(["--kind", "canny", "depth", "--base", str(flux_base), "--out", str(tmp_path), "--minutes", "5", "--device",
-                  "cpu", "--config", str(Path(control.CONFIG).with_name("control_smoke.json")), "--max-steps", "2"])  # fmt: skip
+    config = Path(control.CONFIG).with_name("control_smoke.json")
+    control.main(["--kind", "canny", "depth", "--base", str(flux_base), "--out", str(tmp_path), "--minutes", "5",
+                  "--device", "cpu", "--config", str(config), "--max-steps", "2"])  # fmt: skip
     for kind in ("canny", "depth"):
         assert (tmp_path / kind / lora.WEIGHTS).is_file()
         assert (tmp_path / "samples" / f"{kind}.jpg").is_file()

@@ -142,13 +142,14 @@ def test_the_pipeline_computes_what_training_computed(flux_base, tmp_path):
     assert pipe.transformer.config.in_channels == 384
     seen = {}
     pipe.transformer.register_forward_hook(
-        lambda module, args, kwargs, output: seen.update(x=kwargs["hidden_states"], kwargs=kwargs, y=output[0]), with_kwargs=True
+        lambda module, args, kwargs, output: seen.update(x=kwargs["hidden_states"], kwargs=kwargs, y=output[0]),
+        with_kwargs=True,
     )
     picture, mask = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
     mask[..., 16:40, 24:56] = 1
     images = pipe(
-        prompt="a red cube", image=picture, mask_image=mask, height=64, width=64, num_inference_steps=1, guidance_scale=3.0,
-        max_sequence_length=64, generator=torch.Generator().manual_seed(0), output_type="pt",
+        prompt="a red cube", image=picture, mask_image=mask, height=64, width=64, num_inference_steps=1,
+        guidance_scale=3.0, max_sequence_length=64, generator=torch.Generator().manual_seed(0), output_type="pt",
     ).images  # fmt: skip
     assert images.shape == (1, 3, 64, 64)
     x, kwargs = seen["x"], seen["kwargs"]
@@ -163,7 +164,9 @@ def test_cases_draw_the_prompt_that_belongs_to_them():
     table = hole_texts.Table(torch.full((5, 2, 77), 9, dtype=torch.int16), torch.full((5, 2, 64), 9, dtype=torch.int16))
     latents = supply.Latents(torch.zeros(2, 16, 64), torch.zeros(2, 16, 64))
     whole = torch.full((2, 3, 77), 5, dtype=torch.int16), torch.full((2, 3, 64), 5, dtype=torch.int16)
-    cases = fill.Cases(latents, latents, torch.ones(2, 64, 64, dtype=torch.bool), torch.tensor([fill.FULL, 3]), *whole, table)
+    cases = fill.Cases(
+        latents, latents, torch.ones(2, 64, 64, dtype=torch.bool), torch.tensor([fill.FULL, 3]), *whole, table
+    )
     b = cases.batch(torch.tensor([0, 1, 1]), torch.Generator().manual_seed(0))
     assert b["clip"][:, 0].tolist() == [5, 9, 9]
     assert b["t5"][:, 0].tolist() == [5, 9, 9]

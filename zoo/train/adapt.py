@@ -12,6 +12,7 @@ not pull the layout away from the condition, which the base's own guidance would
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,8 @@ def train(tuned: Tuned, draw: Draw, valid: Draw, config: dict, world: World, log
           seed: int, save: Callable[[], None], max_steps: int | None = None) -> None:  # fmt: skip
     """Train the LoRA until `deadline`; it ends up holding the averaged weights. `save` is called now and then."""
     model = FlatModel(tuned, world, lr=config["lr"], betas=tuple(config["betas"]), weight_decay=config["weight_decay"])
-    ema, clock = Ema(model, config["ema_exponent"]), Clock(world, deadline, warmup=config["warmup"], max_steps=max_steps)
+    ema = Ema(model, config["ema_exponent"])
+    clock = Clock(world, deadline, warmup=config["warmup"], max_steps=max_steps)
     n, generator = config["batch"], torch.Generator(world.device).manual_seed(seed * 1000 + world.rank)
     size = tuned.joint.image_ids.shape[0]
     flops = 4.0 * flow.transformer_flops(dict(tuned.parts.transformer.config), size, tuned.empty[1].shape[1])
@@ -152,11 +154,11 @@ def sample(tuned: Tuned, b: dict[str, torch.Tensor], *, steps: int, guidance: fl
     """Packed latents painted from noise for a batch's conditions and prompts, by the pipeline's own Euler steps."""
     g = torch.Generator(world.device).manual_seed(seed)
     x = torch.randn(b["x0"].shape, generator=g, device=world.device)
-    levels = flow.shift_sigmas(torch.linspace(1, 1 / steps, steps), mu).tolist() + [0.0]
+    levels = [*flow.shift_sigmas(torch.linspace(1, 1 / steps, steps), mu).tolist(), 0.0]
     scale = torch.full((len(x),), guidance, device=world.device)
     with autocast(world):
         said = tuned.joint.text(b["clip"], b["t5"])
-        for now, then in zip(levels, levels[1:], strict=False):
+        for now, then in itertools.pairwise(levels):
             v = tuned.velocity(x, b["condition"], torch.full_like(scale, now), *said, scale)
             x = x + (then - now) * v.float()
     return x

@@ -48,7 +48,9 @@ class Cases:
 
         return draw
 
-    def batch(self, kind: str, rows: torch.Tensor, g: torch.Generator, version: int | None = None) -> dict[str, torch.Tensor]:
+    def batch(
+        self, kind: str, rows: torch.Tensor, g: torch.Generator, version: int | None = None
+    ) -> dict[str, torch.Tensor]:
         """The cases of `rows`, with a caption drawn anew and one version of the map (drawn too, if None)."""
         pick = lambda high: torch.randint(high, rows.shape, generator=g, device=rows.device)  # noqa: E731
         column = pick(self.clip.shape[1])
@@ -59,8 +61,8 @@ class Cases:
         }  # fmt: skip
 
 
-def build(vae: AutoencoderKL, kinds: list[str], config: dict, base: Path, world: dist.World, log: Log, deadline: float, *,
-          split: str, pictures: int, seed: int) -> Cases:  # fmt: skip
+def build(vae: AutoencoderKL, kinds: list[str], config: dict, base: Path, world: dist.World, log: Log,
+          deadline: float, *, split: str, pictures: int, seed: int) -> Cases:  # fmt: skip
     """Render pictures and their maps and encode both, until the deadline."""
     generator = torch.Generator(world.device).manual_seed(seed * 1000 + world.rank + 17)
     picture, clip, t5, versions = [], [], [], 1
@@ -104,13 +106,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def shared_arguments(parser: argparse.ArgumentParser, config: Path) -> None:
+def shared_arguments(parser: argparse.ArgumentParser, config: Path, base: bool = True) -> None:
     """What every tuning driver takes."""
-    parser.add_argument("--base", type=Path, required=True, help="the FLUX pipeline folder to tune")
+    if base:
+        parser.add_argument("--base", type=Path, required=True, help="the FLUX pipeline folder to tune")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=3.5, help="of the whole run")
     parser.add_argument("--config", type=Path, default=config)
-    parser.add_argument("--set", action="append", default=[], metavar="train.batch=128", help="change a configured value")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="train.batch=128", help="change the configuration"
+    )
     parser.add_argument("--max-steps", type=int, help="for trials")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
@@ -160,7 +165,8 @@ def sheet(run: Run, tuned: adapt.Tuned, kind: str, valid: Cases) -> None:
         run.log(kind, edge_f1=f1[0], edge_f1_of_renders=f1[1])  # the second: what the autoencoder alone costs
     path = run.args.out / "samples"
     path.mkdir(parents=True, exist_ok=True)
-    contact_sheet(torch.stack(columns, 1).flatten(0, 1), columns=6, cell=settings["cell"]).save(path / f"{kind}.jpg", quality=85)
+    page = contact_sheet(torch.stack(columns, 1).flatten(0, 1), columns=6, cell=settings["cell"])
+    page.save(path / f"{kind}.jpg", quality=85)
 
 
 def main(argv: list[str] | None = None) -> None:

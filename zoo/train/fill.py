@@ -130,7 +130,7 @@ def with_hole(picture: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
 
 
 def read_start() -> torch.Tensor:
-    """Where the widened input embedding starts: each latent of the masked picture for itself, the mask in 2 x 2 squares."""
+    """Where the widened input embedding starts: each latent of the masked picture for itself, the mask in squares."""
     latents, mask = adapt.read_start(128), holes.read_mask_start()
     top = torch.cat([latents, torch.zeros(64, 256)], 1)
     return torch.cat([top, torch.cat([torch.zeros(64, 128), mask], 1)])
@@ -151,8 +151,8 @@ def sheet(run: Run, tuned: adapt.Tuned, valid: Cases) -> None:
     texts = [reader.decode(ids, skip_special_tokens=True) for ids in b["t5"].tolist()]
     folder = run.args.out / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    page = contact_sheet(torch.stack(columns, 1).flatten(0, 1), [t for text in texts for t in (text, "", "")], columns=6,
-                         cell=settings["cell"])  # fmt: skip
+    under = [t for text in texts for t in (text, "", "")]
+    page = contact_sheet(torch.stack(columns, 1).flatten(0, 1), under, columns=6, cell=settings["cell"])
     page.save(folder / "fill.jpg", quality=85)
 
 
@@ -174,23 +174,33 @@ def prepare(run: Run) -> tuple[Cases, Cases]:
     return make_split("train", pool["pictures"], run.deadline(pool["seconds"])), valid
 
 
+def tune(run: Run, cases: Cases, valid: Cases) -> None:
+    """Train and write the file and the sheet."""
+    args, world, log = run.args, run.world, run.log
+    torch.manual_seed(args.seed)
+    tuned = adapt.Tuned(args.base, run.config, IN_CHANNELS, read_start(), world)
+    log("fill", layers=len(tuned.names), parameters=sum(p.numel() for p in tuned.parameters() if p.requires_grad))
+    end = run.deadline(60 * args.minutes - run.config["reserve_seconds"])
+
+    def save() -> int:
+        about = {"kind": "fill", "pipeline": "FluxFillPipeline"}
+        return lora.save(tuned.parts.transformer, args.out / "fill", about)
+
+    adapt.train(tuned, cases, valid, run.config["train"], world, log, "fill", end, args.seed, save, args.max_steps)
+    if world.chief:
+        log("fill", bytes=save())
+        sheet(run, tuned, valid)
+    world.barrier()
+
+
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     run = start(args)
     try:
-        cases, valid = prepare(run)
-        torch.manual_seed(args.seed)
-        tuned = adapt.Tuned(args.base, run.config, IN_CHANNELS, read_start(), run.world)
-        run.log("fill", layers=len(tuned.names), parameters=sum(p.numel() for p in tuned.parameters() if p.requires_grad))
-        save = lambda: lora.save(tuned.parts.transformer, args.out / "fill", {"kind": "fill", "pipeline": "FluxFillPipeline"})  # noqa: E731
-        adapt.train(tuned, cases, valid, run.config["train"], run.world, run.log, "fill",
-                    run.deadline(60 * args.minutes - run.config["reserve_seconds"]), args.seed, save, args.max_steps)  # fmt: skip
+        tune(run, *prepare(run))
         if run.world.chief:
-            run.log("fill", bytes=save())
-            sheet(run, tuned, valid)
             plot(run.log.path, args.out / "logs" / "curves.png")
             run.log("done", minutes=round((time.time() - run.began) / 60, 2))
-        run.world.barrier()
     finally:
         run.world.close()
 

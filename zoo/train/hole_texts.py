@@ -1,4 +1,4 @@
-"""What a prompt says of a hole: the object that shall appear in it, or the empty surroundings. As tables of token ids."""
+"""What a prompt says of a hole: the object that shall appear in it, or empty surroundings. As tables of token ids."""
 
 from __future__ import annotations
 
@@ -76,8 +76,15 @@ def _place(floor: int, pattern: int, back: int, rng: random.Random) -> str:
     else:
         behind = f"under a {rng.choice(SKY_WORDS[back - len(WALLS)])} sky"
     plain = ("an empty floor", "empty floor", "nothing", "an empty scene", "just the floor", "the background", "")
-    return rng.choice((f"a {word} {ground}", f"an empty {word} {ground}", f"a {word} {ground} {behind}",
-                       f"an empty {word} {ground} {behind}", f"nothing on a {word} {ground}", rng.choice(plain)))  # fmt: skip
+    place = f"{word} {ground}"
+    named = (
+        f"a {place}",
+        f"an empty {place}",
+        f"a {place} {behind}",
+        f"an empty {place} {behind}",
+        f"nothing on a {place}",
+    )
+    return rng.choice((*named, rng.choice(plain)))
 
 
 @dataclasses.dataclass

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from zoo.scenes import Scenes
 from zoo.scenes.lexicon import COLOR_RGB, COLORS, HEIGHT, RADIUS, SHAPES
 
-# Around an object: its dilated outline, its box, brush strokes over it. Anywhere: a box, strokes, the picture's borders.
+# Around an object: its dilated outline, its box, brush strokes over it. Anywhere: a box, strokes, all but a rectangle.
 KINDS = ("outline", "box", "brush", "free box", "free brush", "border")
 OBJECT_KINDS = 3
 AWAY = 1000.0  # metres aside: out of sight, and its shadow with it
 
 
 def pack_mask(hole: torch.Tensor) -> torch.Tensor:
-    """Pixels of each token's 16 x 16 square as channels, in FluxFillPipeline's order: (B, S, S) -> (B, N, 256) float32."""
+    """Pixels of each token's 16 x 16 square as channels, in FluxFillPipeline's order: (B, S, S) -> (B, N, 256)."""
     b, size, _ = hole.shape
     cells = hole.float().view(b, size // 8, 8, size // 8, 8).permute(0, 2, 4, 1, 3).reshape(b, 64, size // 8, size // 8)
     x = cells.view(b, 64, size // 16, 2, size // 16, 2).permute(0, 2, 4, 1, 3, 5)
@@ -46,7 +46,7 @@ def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
 
 def bounds(mask: torch.Tensor) -> torch.Tensor:
     """Left, top, right, bottom pixel of each mask, (B, 4) float32; the middle of the picture for an empty one."""
-    b, size, _ = mask.shape
+    size = mask.shape[-1]
     at = torch.arange(size, device=mask.device)
     result = []
     for line in (mask.any(1), mask.any(2)):  # columns, rows
@@ -80,7 +80,10 @@ def strokes(points: torch.Tensor, radius: torch.Tensor, size: int) -> torch.Tens
 
 
 def draw(target: torch.Tensor, kind: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A hole a picture: masks of what the hole is about (B, S, S) bool and indices into KINDS (B,) -> (B, S, S) bool."""
+    """A hole a picture, (B, S, S) bool, of the kinds `kind` (B,), indices into KINDS.
+
+    target: masks (B, S, S) of what the hole is about.
+    """
     size, radius = target.shape[-1], torch.randint(3, 22, (1,), generator=generator, device=generator.device)
     made = torch.stack([
         dilate(target, max(1, int(radius) * size // 256)), _box_around(target, generator), _scribble(target, generator),

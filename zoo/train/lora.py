@@ -6,7 +6,8 @@ file: the input embedding's lora_A simply has more columns than the base's weigh
 
 As a command, merge such a file into a pipeline folder of its own:
 
-    python -m zoo.train.lora --base zoo/weights/flux-tiny --lora zoo/weights/canny-tiny --pipeline FluxControlPipeline --out DIR
+    python -m zoo.train.lora --base zoo/weights/flux-tiny --lora zoo/weights/canny-tiny --out DIR \
+        --pipeline FluxControlPipeline
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def save(transformer: nn.Module, folder: Path, about: dict[str, str] | None = No
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / (WEIGHTS + ".part")
     adapter = {f"transformer.{key}": value for key, value in _peft_config(found).items()}
-    save_file(tensors, part, {"format": "pt", "lora_adapter_metadata": json.dumps(adapter, sort_keys=True), **(about or {})})
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter, sort_keys=True)}
+    save_file(tensors, part, header | (about or {}))
     os.replace(part, folder / WEIGHTS)
     return (folder / WEIGHTS).stat().st_size
 
@@ -118,7 +120,8 @@ def _peft_config(found: dict[str, LoraLinear]) -> dict:
     ranks = {name: layer.lora_A.shape[0] for name, layer in found.items()}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     other = {name: rank for name, rank in ranks.items() if rank != usual}
-    return {"r": usual, "lora_alpha": usual, "rank_pattern": other, "alpha_pattern": other, "target_modules": list(ranks)}
+    scale = {"r": usual, "lora_alpha": usual, "rank_pattern": other, "alpha_pattern": other}
+    return {**scale, "target_modules": list(ranks)}
 
 
 def read_file(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -150,7 +153,7 @@ def merge(base: Path, folder: Path) -> FluxTransformer2DModel:
 
 
 def write_folder(base: Path, folder: Path, pipeline: str, out: Path, shard: str = "14MB") -> None:
-    """A pipeline folder of its own: the merged transformer in BF16, everything else linked to (or copied from) the base."""
+    """A pipeline folder of its own: the merged transformer in BF16, everything else linked to the base (or copied)."""
     from zoo.train.models import save_bf16
 
     base, out = Path(base), Path(out)
@@ -177,7 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Merge a LoRA into a pipeline folder of its own.")
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--lora", type=Path, required=True)
-    parser.add_argument("--pipeline", choices=("FluxControlPipeline", "FluxFillPipeline", "FluxPipeline"), required=True)
+    pipelines = ("FluxControlPipeline", "FluxFillPipeline", "FluxPipeline")
+    parser.add_argument("--pipeline", choices=pipelines, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     write_folder(args.base, args.lora, args.pipeline, args.out)

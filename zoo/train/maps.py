@@ -48,7 +48,7 @@ def _estimated(exact: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     draw = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=generator, device=device)  # noqa: E731
     bent = exact.clamp(min=1e-4) ** torch.exp(draw(-0.4, 0.4))
     coarse = F.interpolate(F.avg_pool2d(bent[:, None], 4), (side, side), mode="bilinear").squeeze(1)
-    soft = torch.lerp(bent, F.avg_pool2d(bent[:, None], 3, 1, 1).squeeze(1), draw(0, 1))
+    soft = torch.lerp(bent, F.avg_pool2d(bent[:, None], 3, 1, 1, count_include_pad=False).squeeze(1), draw(0, 1))
     mixed = torch.where(draw(0, 1) < 0.5, soft, torch.lerp(soft, coarse, draw(0, 0.8)))
     wave = torch.randn(n, 1, 4, 4, generator=generator, device=device)
     wave = F.interpolate(wave, (side, side), mode="bicubic").squeeze(1)
@@ -56,3 +56,16 @@ def _estimated(exact: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 MAPS = {"canny": canny_maps, "depth": depth_maps}
+
+
+def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Spearman's rank correlation of each pair of maps: two (B, H, W) -> (B,); equal values share their ranks."""
+    x, y = (_ranks(values.flatten(1).double()) for values in (a, b))
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    return ((x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt().clamp(min=1e-12)).float()
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    order = values.sort(1).values.contiguous()
+    first, last = (torch.searchsorted(order, values, right=right) for right in (False, True))
+    return (first + last - 1).double() / 2
