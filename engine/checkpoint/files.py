@@ -35,7 +35,7 @@ class TensorFiles:
         self.path = Path(path)
         self._device = str(device)
         self._handles = [(file, _open(file, self._device)) for file in _files(self.path)]
-        self._where = {name: handle for _, handle in self._handles for name in handle.keys()}
+        self._where = {name: handle for _, handle in self._handles for name in handle.keys()}  # noqa: SIM118 - a file handle, no mapping
         self.metadata: dict[str, str] = {}
         for _, handle in self._handles:
             self.metadata.update(handle.metadata() or {})

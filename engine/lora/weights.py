@@ -51,7 +51,8 @@ class LoraWeights:
             found |= {f"{prefix}{name}.lora_A.weight": down, f"{prefix}{name}.lora_B.weight": up}
         found |= {f"{prefix}{name}.lora_B.bias": bias for name, bias in self.biases.items()}
         found |= {f"{prefix}{name}.weight": norm for name, norm in self.norms.items()}
-        return {name: tensor.contiguous() for name, tensor in found.items()}
+        # Linears that were split from one share their down-projection; files hold a copy each.
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
 
 
 def read_lora(path: str | Path, expected: LoraFormat | None = None) -> LoraWeights:

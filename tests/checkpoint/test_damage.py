@@ -27,7 +27,7 @@ def touch_everything(path: Path) -> None:
         source.close()
 
 
-def with_header(path: Path, change) -> bytes:  # noqa: ANN001
+def with_header(path: Path, change) -> bytes:
     data = path.read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     text = change(json.loads(data[8 : 8 + size]))

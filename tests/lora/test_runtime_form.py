@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch import Tensor
 from engine.checkpoint import packing
 from engine.checkpoint.layouts import open_checkpoint
 from engine.checkpoint.pieces import same_bits
+from engine.commands.convert_lora import main
 from engine.errors import CheckpointError
 from engine.lora import compose, read_lora
 from engine.lora.convert import convert_lora
@@ -127,15 +126,10 @@ def test_a_lora_of_another_width_is_refused(tmp_path: Path):
         convert_lora(FLUX, lora, tmp_path / "out.safetensors")
 
 
-def test_command_line(tmp_path: Path):
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "engine.lora.convert", "--quant-path", str(FLUX), "--lora-path"]
-        command += [str(LORA / "xlabs.safetensors"), "--output-root", str(tmp_path), "--lora-name", "style", *more]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-    done = run()
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(tmp_path / "style.safetensors")
-    wrong = run("--lora-format", "comfyui")
-    assert wrong.returncode == 1
-    assert "its keys are those of xlabs, not of comfyui" in wrong.stderr
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["--quant-path", str(FLUX), "--lora-path", str(LORA / "xlabs.safetensors")]
+    command += ["--output-root", str(tmp_path), "--lora-name", "style"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "style.safetensors")
+    assert main([*command, "--lora-format", "comfyui"]) == 1
+    assert "its keys are those of xlabs, not of comfyui" in capsys.readouterr().err
