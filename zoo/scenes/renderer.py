@@ -14,6 +14,7 @@ from zoo.scenes.scene import Scenes
 SKY_DEPTH = 100.0  # metres, stands for the sky in depth maps
 SHADOW_RAYS = 16  # a pixel, shared out among its sub-pixels
 CPU_RAYS = 1 << 14  # rays at a time on a CPU: what keeps the intermediate values in its cache
+GPU_RAYS = 1 << 16  # rays at a time and scene on a GPU: a 256-pixel picture; larger ones reuse its compiled code
 
 
 @dataclasses.dataclass
@@ -88,7 +89,7 @@ def _draw(part: Scenes, size: int, device: torch.device, oversample: int, compil
     if sparse:  # leave out object slots that no scene of the chunk uses
         part = _trim(part)
     w = shade.world(part, device)
-    rays = size * size if not sparse else CPU_RAYS
+    rays = CPU_RAYS if sparse else min(size * size, GPU_RAYS)
     points = shade.light_points(-(-SHADOW_RAYS // oversample**2) * oversample**2).to(device)
     image = torch.zeros(3, len(part), size * size, device=device)
     color = _compiled(_color, str(device)) if compile else _color
@@ -100,7 +101,9 @@ def _draw(part: Scenes, size: int, device: torch.device, oversample: int, compil
             image[..., a : a + rays] += color(w, right[a : a + rays], up[a : a + rays], some, sparse)
     image = (image / oversample**2 * 255 + 0.5).clamp(0, 255).to(torch.uint8)
     centres = _compiled(_centres, str(device)) if compile else _centres
-    depth, slot, _ = centres(w, *_grid(size, 0.0, 0.0, device))
+    right, up = _grid(size, 0.0, 0.0, device)
+    found = [centres(w, right[a : a + rays], up[a : a + rays]) for a in range(0, size * size, rays)]
+    depth, slot = (torch.cat([each[k] for each in found], -1) for k in (0, 1))
     n = len(part)
     shape = (n, size, size)
     return Rendered(image.movedim(1, 0).reshape(n, 3, size, size), depth.view(shape), slot.view(shape))

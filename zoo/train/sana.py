@@ -2,8 +2,9 @@
 
     python -m zoo.train.sana --out runs/sana --minutes-render 1 --minutes-ae 2.5 --minutes-flow 4 --minutes 9
 
-Each stage ends by the wall clock, and flow matching early enough for the whole run to end in `--minutes`. Writes OUT/model (a diffusers folder, whole from the first stage on), OUT/samples
-(contact sheets) and OUT/logs (JSON lines, curves). `--resume OLD/model` starts from a finished folder.
+Each stage ends by the wall clock, and flow matching early enough for the whole run to end in `--minutes`.
+Writes OUT/model (a diffusers folder, whole from the first stage on), OUT/samples (contact sheets) and OUT/logs (JSON
+lines, curves). `--resume OLD/model` starts from a finished folder.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="flow.batch=512", help="change the configuration")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path, help="a model folder to start from")
+    parser.add_argument("--vae", type=Path, help="a folder with an autoencoder to start from; the rest starts anew")
     parser.add_argument("--minutes", type=float, help="of the whole run; without it the stages alone count")
     parser.add_argument("--minutes-render", type=float, default=1.0)
-    parser.add_argument("--minutes-ae", type=float, default=2.5, help="0 keeps the autoencoder of --resume")
+    parser.add_argument("--minutes-ae", type=float, default=2.5, help="0 keeps the autoencoder of --resume or --vae")
     parser.add_argument("--minutes-flow", type=float, default=4.0, help="0 keeps the transformer and the text encoder")
     parser.add_argument("--max-steps", type=int, help="of each training stage, for trials")
     parser.add_argument("--seed", type=int, default=0)

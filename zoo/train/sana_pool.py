@@ -10,8 +10,8 @@ import dataclasses
 import os
 import random
 import time
-from collections.abc import Generator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from zoo.train.captions import augment, labels
 from zoo.train.dist import World
 from zoo.train.log import Log
 from zoo.train.sana_text import Encoder
+
+_AHEAD = 4  # chunks a process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,32 +97,42 @@ class Writers:
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def chunks(self, job: Job) -> Generator[Future]:
-        """Results in order, a few ahead of the reader."""
-        count = -(-job.pictures // job.chunk)
-        ahead = [self.pool.submit(write_chunk, job, index) for index in range(min(count, 2 * self.processes))]
-        try:
-            for index in range(count):
-                yield ahead.pop(0)
-                following = index + 2 * self.processes
-                if following < count:
-                    ahead.append(self.pool.submit(write_chunk, job, following))
-        finally:
-            for future in ahead:
-                future.cancel()
+    def start(self, job: Job) -> Chunks:
+        """Begin to write a job; what is asked of it later may be there already."""
+        return Chunks(self.pool, job, _AHEAD * self.processes)
 
 
-def build(job: Job, size: int, config: dict, writers: Writers, world: World, log: Log, seconds: float) -> Pool:
-    """Draw up to `job.pictures` pictures of `size` pixels; `seconds` after the first chunk came it stops."""
+class Chunks:
+    """The chunks of one job in their order, written a few ahead of the reader."""
+
+    def __init__(self, pool: ProcessPoolExecutor, job: Job, ahead: int) -> None:
+        self.pool, self.job, self.count = pool, job, -(-job.pictures // job.chunk)
+        self.waiting = [pool.submit(write_chunk, job, index) for index in range(min(self.count, ahead))]
+        self.following = len(self.waiting)
+
+    def __iter__(self) -> Iterator[tuple[scenes.Scenes, torch.Tensor, torch.Tensor]]:
+        while self.waiting:
+            yield read_chunk(self.job, self.waiting.pop(0).result(timeout=300))
+            if self.following < self.count:
+                self.waiting.append(self.pool.submit(write_chunk, self.job, self.following))
+                self.following += 1
+
+    def close(self) -> None:
+        """Give up what is not written yet."""
+        for future in self.waiting:
+            future.cancel()
+        self.waiting = []
+
+
+def build(chunks: Chunks, size: int, config: dict, world: World, log: Log, seconds: float) -> Pool:
+    """Draw a job's pictures, `size` pixels wide; `seconds` after the first chunk was drawn it stops."""
+    job = chunks.job
     make = lambda *shape, kind: torch.zeros(job.pictures, *shape, dtype=kind, device=world.device)  # noqa: E731
     pool = Pool(make(3, size, size, kind=torch.uint8), make(job.captions, job.length, kind=torch.int16),
                 make(128, kind=torch.uint8))  # fmt: skip
     began = said = time.time()
     filled = 0
-    chunks = writers.chunks(job)
-    for future in chunks:
-        drawn, ids, found = read_chunk(job, future.result(timeout=300))
-        began = began if filled else time.time()
+    for drawn, ids, found in chunks:
         at = filled
         pool.ids[at : at + len(drawn)], pool.labels[at : at + len(drawn)] = ids.to(world.device), found.to(world.device)
         parts = scenes.stream(drawn, size, world.device, config["oversample"], config["compile"] and world.cuda)
@@ -129,6 +141,8 @@ def build(job: Job, size: int, config: dict, writers: Writers, world: World, log
             filled += len(part.image)
         if world.cuda:
             torch.cuda.synchronize()
+        if at == 0:
+            began = time.time()  # the first chunk waits for workers and compilers
         if time.time() - said > 5:
             said = time.time()
             log("render", size=size, split=job.split, pictures=filled, pic_s=round(filled / (said - began), 1))

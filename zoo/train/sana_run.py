@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderDC
 
 from zoo import scenes
 from zoo.train import dist, sana_flow, sana_models, sana_samples, sana_vae
@@ -52,7 +53,10 @@ def start(args: argparse.Namespace) -> Run:
             build_tokenizer(scenes.vocabulary(), tokenizer)
     world.barrier()
     size = Encoder(tokenizer, config["length"]).vocab_size
-    parts = (sana_models.load(args.resume) if args.resume else sana_models.build(config, size)).to(world.device)
+    parts = sana_models.load(args.resume) if args.resume else sana_models.build(config, size)
+    if args.vae:
+        parts.vae = AutoencoderDC.from_pretrained(args.vae, dtype=torch.float32)
+    parts.to(world.device)
     sizes = {name: count(module) for name, module in parts.named().items()}
     log("start", device=str(world.device), world=world.size, torch=torch.__version__, vocabulary=size, **sizes)
     return Run(args, config, world, log, tokenizer, parts)
@@ -67,14 +71,14 @@ def draw(run: Run) -> tuple[Pool, Pool, Pool]:
         ("train", config["wide"], 2 * size, 0.2),
         ("train", config["pictures"], size, 0.7),
     )
-    pools = []
-    with Writers(args.workers or min(12, share)) as writers:
+    with Writers(args.workers or min(14, share)) as writers:
+        jobs = []
         for kind, (split, pictures, side, part) in enumerate(kinds):
-            chunk = min(config["chunk"] * size * size // (side * side), pictures)  # a deadline is looked at after each
+            chunk = min(config["chunk"] * size * size // (side * side), pictures)  # the clock is looked at after each
             job = Job(args.seed * 3 + 40 + kind, split, world.rank * pictures, pictures, max(1, chunk),
                       config["captions"], run.config["length"], run.tokenizer)  # fmt: skip
-            here = dict(config, compile=config["compile"] and side == size)  # another size would be compiled anew
-            pools.append(build(job, side, here, writers, world, run.log, 60 * part * args.minutes_render))
+            jobs.append((writers.start(job), side, config, world, run.log, 60 * part * args.minutes_render))
+        pools = [build(*job) for job in jobs]
     valid, wide, data = pools
     return data, wide, valid
 

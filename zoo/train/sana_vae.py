@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderDC
+from diffusers.models.autoencoders.autoencoder_dc import EfficientViTBlock, ResBlock
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.train.dist import World
@@ -70,7 +71,9 @@ def train(vae: AutoencoderDC, pool: Pool, wide: Pool, config: dict, world: World
         loss.backward()
         return {"loss": loss.detach(), **{name: value.detach() for name, value in found.items()}}
 
-    with compiled([vae.encoder, vae.decoder], config["compile"] and world.cuda) as attempt:
+    # Blocks rather than the whole: blocks of one width and size share their compiled code, which halves the wait.
+    blocks = [module for module in vae.modules() if isinstance(module, ResBlock | EfficientViTBlock)]
+    with compiled(blocks, config["compile"] and world.cuda) as attempt:
         running = True
         while running:
             x = batch(pool, wide, config["batch"], config["wide_part"], generator)
