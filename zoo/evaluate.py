@@ -54,7 +54,7 @@ class Row:
 
 
 def model_spec(model: str) -> Any:
-    """The catalogue's row of a name; a folder is taken for another training of `tiny`, with its settings.
+    """The catalogue's row of a name; a folder is taken for another training of `tiny` or `tiny-sana`, as it holds.
 
     Checkpoints lie beside such a folder, under its name followed by -int4 or -nvfp4.
     """
@@ -66,7 +66,7 @@ def model_spec(model: str) -> Any:
     beside = {kind: folder.with_name(f"{folder.name}-{kind}") for kind in ("int4", "nvfp4")}
     checkpoints = {kind: str(path) for kind, path in beside.items() if path.exists()}
     settings = {"name": folder.name, "title": folder.name, "source": str(folder), "checkpoints": checkpoints}
-    return dataclasses.replace(resolve("tiny"), **settings)
+    return dataclasses.replace(resolve("tiny-sana" if resolve(model).family == "sana" else "tiny"), **settings)
 
 
 class EngineGenerator:
@@ -105,9 +105,15 @@ class EngineGenerator:
 def batched(engine: Any, requests: Sequence[Any]) -> torch.Tensor:
     """Several pictures in one pass of the pipeline, each from its own seed's noise: (B, 3, H, W) uint8.
 
-    `engine` needs `.pipe`, a FluxPipeline, and `.spec`; the requests must agree in all but prompt and seed.
+    `engine` needs `.pipe`, a FluxPipeline or a SANA pipeline, and `.spec`; the requests must agree in all but prompt
+    and seed.
     """
     pipe, full = engine.pipe, [request.resolved(engine.spec) for request in requests]
+    if engine.spec.family == "sana":
+        from zoo.train.sana_samples import paint
+
+        return paint(pipe, [request.prompt for request in full], full[0].width, full[0].steps, full[0].guidance,
+                     seeds=[request.seed for request in full])  # fmt: skip
     first = full[0]
     latents = pipe(
         prompt=[r.prompt for r in full],

@@ -251,3 +251,16 @@ def test_the_table_knows_sana():
     assert resolve("tiny-sana").pipeline == "SanaPAGPipeline"
     assert resolve("Efficient-Large-Model/Sana_600M_512px_diffusers").family == "sana"
     assert resolve("black-forest-labs/FLUX.1-dev").family == "flux"
+
+
+def test_a_batch_for_the_evaluation_is_single_runs(engines: tuple[Engine, Engine]):
+    from zoo.evaluate import batched
+    from zoo.probe.judge import stack
+
+    requests = [
+        Request(text, seed=seed, steps=2, width=256, height=256) for seed, text in enumerate(("a cube", PROMPT))
+    ]
+    together = batched(engines[0], requests).int()
+    apart = stack([engines[0].run(request).image for request in requests]).int()
+    assert float((together - apart).abs().float().mean()) < 1.0
+    assert float((together[0] - together[1]).abs().float().mean()) > 3.0

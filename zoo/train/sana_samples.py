@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers.pipelines.pag.pag_utils import PAGMixin
 
 from zoo.scenes.sheet import contact_sheet
 from zoo.train.log import Log
 from zoo.train.samples import prompts
 
 
-def noise(count: int, size: int, seed: int = 7) -> torch.Tensor:
-    """Starting noise, each picture its own whatever the batch: (count, 32, size/32, size/32) float32 on the CPU."""
-    generators = [torch.Generator().manual_seed(seed * 100_003 + i) for i in range(count)]
-    return torch.stack([torch.randn(32, size // 32, size // 32, generator=generator) for generator in generators])
-
-
 @torch.no_grad()
 def paint(
-    pipe, texts: list[str], size: int, steps: int, guidance: float, batch: int = 32, **more: object
+    pipe,
+    texts: list[str],
+    size: int,
+    steps: int,
+    guidance: float,
+    seeds: Sequence[int] | None = None,
+    batch: int = 32,
+    **more: object,
 ) -> torch.Tensor:
-    """Pictures (B, 3, size, size) uint8 of a SANA pipeline at its true size."""
-    out, start = [], noise(len(texts), size)
+    """Pictures (B, 3, size, size) uint8 of a SANA pipeline at its true size, each from its own seed's noise."""
+    out = []
+    seeds = seeds or [700_000 + i for i in range(len(texts))]
+    if isinstance(pipe, PAGMixin):
+        more = {"pag_scale": 0.0, **more}
     for first in range(0, len(texts), batch):
         part = texts[first : first + batch]
-        images = pipe(
+        latents = pipe(
             prompt=part, negative_prompt=[""] * len(part), num_inference_steps=steps, guidance_scale=guidance,
-            height=size, width=size, latents=start[first : first + batch].to(pipe.device), use_resolution_binning=False,
-            output_type="pt", **more,
-        ).images  # fmt: skip
-        out.append((images.float() * 255 + 0.5).clamp(0, 255).to(torch.uint8).cpu())
+            height=size, width=size, use_resolution_binning=False, output_type="latent", return_dict=False,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[first : first + batch]], **more,
+        )[0]  # fmt: skip
+        # In float from the decoder on, as the engine does for one picture: 16 bits would round colours.
+        latents = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)
+        pixels = pipe.vae.decode(latents, return_dict=False)[0].float()
+        out.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu())
     return torch.cat(out)
 
 
