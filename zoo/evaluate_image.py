@@ -276,6 +276,8 @@ EVALUATIONS: dict[str, tuple[Callable, int, str]] = {
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
+    if device.startswith("cuda"):  # as in training: cuDNN's attention was seen to read outside its buffers
+        torch.backends.cuda.enable_cudnn_sdp(False)
     bench = Bench(options, device, Probe.load(options.probe, device))
     evaluate, columns, title = EVALUATIONS[options.kind]
     figures, sheets = evaluate(bench)

@@ -83,7 +83,7 @@ def test_a_mix_is_the_weighted_sum_and_paints(prior, flux_base):
 
 def test_a_batch_mixes_like_the_pipeline():
     embeddings = torch.randn(4, 3, 5)
-    b = redux_cases.Batch(torch.zeros(0), torch.tensor([0.4]), torch.zeros(0), torch.zeros(0))
+    b = redux_cases.Batch(torch.zeros(0), torch.tensor([0.4]), torch.zeros(0), torch.zeros(0), torch.zeros(0))
     mixed = b.mix(embeddings)
     assert torch.equal(mixed[:2], embeddings[:2])
     torch.testing.assert_close(mixed[2], 0.4 * embeddings[2] + 0.6 * embeddings[3])
@@ -129,6 +129,22 @@ def test_dealt_out_objects_are_all_there():
     with pytest.raises(ValueError, match="one object"):
         remix.deal(scenes.sample(16, 1), g)
     scenes.render(two[:1], size=32, oversample=1)
+
+
+def test_tokens_see_the_objects_that_are_there():
+    batch = scenes.sample(4, 6)
+    places = redux_cases.kinds(batch, scenes.render(batch, 64, oversample=1).mask, 8)
+    assert places.shape == (4, 8, 8)
+    for i in range(4):
+        found = {k for k in places[i].flatten().tolist() if k >= 0}
+        rows = zip(*(getattr(batch, n)[i].tolist() for n in ("shape", "color", "size", "material")), strict=True)
+        there = [((s * 8 + c) * 2 + z) * 2 + m for s, c, z, m in rows][: batch.count[i]]
+        assert found
+        assert found <= set(there)
+    head = redux_model.Seeing(5)
+    states = torch.randn(4, 64, 5)
+    assert head.loss(states, places.flatten(1).long()) > 0
+    assert head.loss(states, torch.full((4, 64), -1)).isfinite()
 
 
 def test_linking_again_follows_a_moved_folder(run, flux_base, tmp_path):

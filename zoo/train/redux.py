@@ -78,10 +78,12 @@ class Learner:
     valid: Cases
     run: control.Run
 
-    def embed(self, b: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings of a batch's cases (n, P, D), and the loss of naming their objects."""
-        embeddings = b.mix(self.redux(b.pictures))
-        return embeddings, F.binary_cross_entropy_with_logits(self.redux.head(embeddings), b.labels.float())
+    def embed(self, b: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Embeddings of a batch's cases (n, P, D), and the losses of the heads."""
+        states, single = self.redux.look(b.pictures)
+        embeddings = b.mix(single)
+        naming = F.binary_cross_entropy_with_logits(self.redux.head(embeddings), b.labels.float())
+        return embeddings, {"naming": naming, "seeing": self.redux.place.loss(states, b.places)}
 
 
 def learn_names(learner: Learner, config: dict, deadline: float) -> None:
@@ -96,10 +98,10 @@ def learn_names(learner: Learner, config: dict, deadline: float) -> None:
         b = learner.cases.batch(config["batch"], round(config["batch"] * config["mixed"]), g)
         model.zero_grad()
         with autocast(run.world):
-            _, loss = learner.embed(b)
-        loss.backward()
+            _, terms = learner.embed(b)
+        (10 * terms["naming"] + terms["seeing"]).backward()
         norm = model.step(clock.factor)
-        meter.add(loss=loss, norm=norm)
+        meter.add(loss=terms["naming"], seeing=terms["seeing"], norm=norm)
         running = clock.tick()
         meter.report(force=not running)
     model.broadcast()
@@ -146,7 +148,7 @@ class Step:
         sigmas = flow.sample_sigmas(n, config["mu"], g, uniform=0.2)
         x, target = flow.interpolate(b.x0, torch.randn(b.x0.shape, generator=g, device=g.device), sigmas)
         with autocast(world):
-            embeddings, naming = self.learner.embed(b)
+            embeddings, heads = self.learner.embed(b)
             states = frozen.conditioned(embeddings, length)
         guidance, guided = torch.ones(n, device=g.device), torch.arange(0, n, 4, device=g.device)
         low, high = config["guidance"]
@@ -155,8 +157,9 @@ class Step:
         target = target.index_add(0, guided, (guidance[guided] - 1).view(-1, 1, 1) * added)
         with autocast(world):
             loss = flow.velocity_loss(frozen.velocity(x, sigmas, states, guidance), target)
-        (loss + config["naming"] * (1.1 - progress) * naming).backward()
-        return {"loss": loss.detach(), "naming": naming.detach()}
+        aid = config["naming"] * (1.1 - progress) * (heads["naming"] + 0.05 * heads["seeing"])
+        (loss + aid).backward()
+        return {"loss": loss.detach(), **{name: value.detach() for name, value in heads.items()}}
 
     @torch.no_grad()
     def direction(self, x: torch.Tensor, sigmas: torch.Tensor, states: torch.Tensor, length: int) -> torch.Tensor:
@@ -239,6 +242,7 @@ def prepare(run: control.Run) -> Learner:
         pool,
         base,
         redux.size,
+        redux.tokens,
         world,
         run.log,
         deadline,

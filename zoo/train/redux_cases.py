@@ -27,6 +27,8 @@ class Cases:
     latents: supply.Latents  # (2P, N, 64)
     mirrored: supply.Latents  # the same of the pictures seen in a mirror
     halves: torch.Tensor  # (2Q, 3, s, s) uint8: what is mixed
+    places: torch.Tensor  # (2P, t, t) int16: which kind of object each of the tower's t x t tokens sees, see `kinds`
+    half_places: torch.Tensor  # (2Q, t, t) int16
     whole: torch.Tensor  # (Q,) int64: the scene that each mix should make
     labels: torch.Tensor  # (P, 128) uint8: its objects
     t5: torch.Tensor  # (P, L) int16 ids of a caption, for the spread of text states alone
@@ -40,17 +42,17 @@ class Cases:
         n_one = n - mixed
         scene = torch.cat([draw(n_one, len(self)), self.whole[pair := draw(mixed, len(self.whole))]])
         target = 2 * scene + draw(n, 2)
-        same = (
-            torch.rand(n_one, generator=g, device=g.device) < 0.25
-        )  # a source may be its own target, mostly it is not
+        same = torch.rand(n_one, generator=g, device=g.device) < 0.25  # mostly a source is not its own target
         one = torch.where(same, target[:n_one], target[:n_one] ^ 1)
         mirror = torch.rand(n, 1, 1, generator=g, device=g.device) < 0.5
-        flip = lambda x, m: torch.where(m[..., None], x.flip(-1), x)  # noqa: E731
-        pictures = [flip(self.source[one], mirror[:n_one])]
-        pictures += [flip(self.halves[2 * pair + side], mirror[n_one:]) for side in (0, 1)]
+        flip = lambda x, m: torch.where(m.view(-1, *([1] * (x.ndim - 1))), x.flip(-1), x)  # noqa: E731
+        halves = [2 * pair, 2 * pair + 1]
+        turned = torch.cat([mirror, mirror[n_one:]])
+        pictures = flip(torch.cat([self.source[one], *(self.halves[rows] for rows in halves)]), turned)
+        places = flip(torch.cat([self.places[one], *(self.half_places[rows] for rows in halves)]), turned)
         x0 = torch.where(mirror, self.mirrored.draw(target, g), self.latents.draw(target, g))
         weight = 0.35 + 0.3 * torch.rand(mixed, generator=g, device=g.device)
-        return Batch(augment(torch.cat(pictures), g), weight, x0, self.labels[scene])
+        return Batch(augment(pictures, g), weight, x0, self.labels[scene], places.flatten(1).long())
 
 
 @dataclasses.dataclass
@@ -61,6 +63,7 @@ class Batch:
     weight: torch.Tensor  # (m,) of the first half
     x0: torch.Tensor  # (n, N, 64)
     labels: torch.Tensor  # (n, 128)
+    places: torch.Tensor  # (n + m, P) int64, see `kinds`
 
     def mix(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings of the pictures (n + m, P, D) to those of the cases (n, P, D): the pipeline's weighted sum."""
@@ -83,6 +86,19 @@ def augment(pictures: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     return (x * gain + lift).clamp(-1, 1)
 
 
+def kinds(part: scenes.Scenes, mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """What each of tokens x tokens squares of a picture shows: (B, H, W) slots to (B, tokens, tokens) int16.
+
+    -1 for surroundings, else ((shape * 8 + colour) * 2 + size) * 2 + material of the object that covers most of it.
+    """
+    slots = torch.arange(part.shape.shape[1], device=mask.device)
+    cover = F.adaptive_avg_pool2d((mask[:, None] == slots.view(1, -1, 1, 1)).float(), tokens)
+    most, slot = cover.max(1)
+    code = ((part.shape * len(scenes.COLORS) + part.color) * 2 + part.size) * 2 + part.material
+    kind = code.to(mask.device).gather(1, slot.flatten(1)).view_as(slot)
+    return torch.where(most > 0.2, kind, -1).to(torch.int16)
+
+
 def to_tower(pictures: torch.Tensor, side: int) -> torch.Tensor:
     """Pictures (B, 3, S, S) uint8 resized as the image processor resizes them, (B, 3, side, side) uint8."""
     small = F.interpolate(pictures.float(), (side, side), mode="bicubic", antialias=True, align_corners=False)
@@ -100,6 +116,7 @@ def build(
     config: dict,
     base: Path,
     side: int,
+    tokens: int,
     world: World,
     log: Log,
     deadline: float,
@@ -108,33 +125,34 @@ def build(
     pictures: int,
     seed: int,
 ) -> Cases:
-    """Render scenes and what is made of them until the deadline; at least one chunk is made."""
+    """Render scenes and what is made of them until the deadline; at least one chunk is made.
+
+    side, tokens: the vision tower's picture size, and how many tokens it makes of a side.
+    """
     mixer = torch.Generator().manual_seed(seed * 1000 + world.rank + (500 if split == "test" else 0))
-    kept: dict[str, list] = {name: [] for name in ("source", "latents", "mirrored", "halves", "whole", "labels", "t5")}
+    kept: dict[str, list] = {field.name: [] for field in dataclasses.fields(Cases)}
     done, said, began = 0, time.time(), time.time()
-    for drawn, tokens in _chunks(config, base, world, deadline, split, pictures, seed):
+    pairs = lambda a, b: torch.stack([a, b], 1).flatten(0, 1)  # noqa: E731
+    for drawn, said_of in _chunks(config, base, world, deadline, split, pictures, seed):
         many = (drawn.count >= 2).nonzero().squeeze(1)
         first, second = remix.deal(drawn[many], mixer)
-        whole, other, one, two = (
-            _render(part, config, world) for part in (drawn, remix.moved(drawn, mixer), first, second)
-        )
-        pair = torch.stack([whole, other], 1).flatten(0, 1)
-        for name, images in (("latents", pair), ("mirrored", pair.flip(-1))):
-            kept[name] += [supply.encode(vae, part, world) for part in images.split(config["encode_batch"])]
+        made = [_render(part, tokens, config, world) for part in (drawn, remix.moved(drawn, mixer), first, second)]
+        images, places = zip(*made, strict=True)
+        pair = pairs(*images[:2])
+        for name, seen in (("latents", pair), ("mirrored", pair.flip(-1))):
+            kept[name] += [supply.encode(vae, part, world) for part in seen.split(config["encode_batch"])]
         kept["source"].append(to_tower(pair, side))
-        kept["halves"].append(to_tower(torch.stack([one, two], 1).flatten(0, 1), side))
+        kept["halves"].append(to_tower(pairs(*images[2:]), side))
+        kept["places"].append(pairs(*places[:2]))
+        kept["half_places"].append(pairs(*places[2:]))
         kept["whole"].append(done + many.to(world.device))
-        kept["labels"].append(tokens["labels"].to(world.device))
-        kept["t5"].append(tokens["t5"][:, 0].to(world.device))
+        kept["labels"].append(said_of["labels"].to(world.device))
+        kept["t5"].append(said_of["t5"][:, 0].to(world.device))
         done += len(drawn)
         if time.time() - said > 5 or time.time() > deadline:
             said = time.time()
-            log(
-                "render",
-                split=split,
-                scenes=done,
-                pic_s=round((2 * done + 2 * sum(map(len, kept["whole"]))) / (said - began), 1),
-            )
+            count = 2 * (done + sum(map(len, kept["whole"])))
+            log("render", split=split, scenes=done, pic_s=round(count / (said - began), 1))
         if time.time() > deadline:
             break
     latents, mirrored = supply.join(kept.pop("latents")), supply.join(kept.pop("mirrored"))
@@ -172,5 +190,7 @@ def _chunks(
             workers.close()
 
 
-def _render(part: scenes.Scenes, config: dict, world: World) -> torch.Tensor:
-    return torch.cat([drawn.image for drawn in supply.render(part, config, world)])
+def _render(part: scenes.Scenes, tokens: int, config: dict, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures of scenes, and what the tokens of each see."""
+    drawn = list(supply.render(part, config, world))
+    return torch.cat([d.image for d in drawn]), kinds(part, torch.cat([d.mask for d in drawn]), tokens)

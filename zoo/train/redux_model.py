@@ -36,21 +36,33 @@ LINKED = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 class Redux(nn.Module):
-    """Vision tower and embedder, and a head that names objects from the embeddings; the head is a training aid."""
+    """Vision tower and embedder, and two heads, which are training aids: one says what each of the tower's tokens sees,
+    one names objects from embeddings, mixed ones too."""
 
     def __init__(self, vision: dict, width: int) -> None:
         super().__init__()
         self.tower = SiglipVisionModel(SiglipVisionConfig(vision_use_head=False, **vision))
         self.embedder = ReduxImageEncoder(redux_dim=vision["hidden_size"], txt_in_features=width)
+        self.place = Seeing(vision["hidden_size"])
         self.head = Naming(width)
 
     @property
     def size(self) -> int:
         return self.tower.config.image_size
 
+    @property
+    def tokens(self) -> int:
+        """Tokens along a side of the picture; P is its square."""
+        return self.size // self.tower.config.patch_size
+
+    def look(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures (B, 3, s, s) in [-1, 1] to the tower's states (B, P, hidden) and embeddings (B, P, D)."""
+        states = self.tower(pixel_values=pictures).last_hidden_state
+        return states, self.embedder(states).image_embeds
+
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """Pictures (B, 3, s, s) in [-1, 1] to embeddings (B, P, D)."""
-        return self.embedder(self.tower(pixel_values=pictures).last_hidden_state).image_embeds
+        return self.look(pictures)[1]
 
     def begin_like(self, states: torch.Tensor, sample: torch.Tensor) -> None:
         """Scale and move the embedder's output so that it starts with the mean and spread of text states (n, D)."""
@@ -60,6 +72,27 @@ class Redux(nn.Module):
             last.weight.mul_(states.std(0).mean() / now.std(0).mean().clamp(min=1e-6))
             last.bias.zero_()
             last.bias.add_(states.mean(0) - self(sample).flatten(0, 1).float().mean(0))
+
+
+class Seeing(nn.Module):
+    """What does each token see? Shape or nothing (5), colour (8), size (2) and material (2) from states."""
+
+    PARTS = (5, 8, 2, 2)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, sum(self.PARTS))
+
+    def loss(self, states: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of states (B, P, hidden) against `redux_cases.kinds` (B, P), a 0-d tensor."""
+        logits = self.out(states).float().flatten(0, 1).split(self.PARTS, 1)
+        kinds, nothing = kinds.flatten(), kinds.flatten() < 0
+        answers = (kinds // 32, kinds // 4 % 8, kinds // 2 % 2, kinds % 2)
+        total = F.cross_entropy(logits[0], torch.where(nothing, 4, answers[0]))
+        for part, answer in zip(logits[1:], answers[1:], strict=True):
+            wrong = F.cross_entropy(part, torch.where(nothing, -100, answer), reduction="sum", ignore_index=-100)
+            total = total + wrong / (~nothing).sum().clamp(min=1)
+        return total
 
 
 class Naming(nn.Module):
