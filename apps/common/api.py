@@ -73,7 +73,7 @@ def _signature(studio: Studio) -> inspect.Signature:
 
 
 def _document(studio: Studio) -> str:
-    lines = [f"{studio.app.summary} Model: {studio.choice.spec.title}.", "", "Args:"]
+    lines = [f"{studio.app.title}: paint one picture with {studio.choice.spec.title}, in one precision.", "", "Args:"]
     lines += [f"    {control.name}: {control.describe}" for control in studio.controls]
     lines += [f"    precision: One of {', '.join(studio.pool.precisions)}.", "", "Returns:"]
     lines += ["    The picture, a PNG file that carries its settings.", "    Settings and measurements of the run."]

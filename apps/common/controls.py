@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from apps.common import styles
 from engine.models.catalogue import ModelSpec, Range
@@ -128,8 +128,8 @@ def style() -> Control:
 
     return Control(
         name="style",
-        kind=str,
-        describe=f"Words put around the prompt: one of {', '.join(styles.STYLES)}.",
+        kind=Literal[tuple(styles.STYLES)],
+        describe="Words put around the prompt before it is checked and painted.",
         default=lambda spec: styles.NONE,
         build=build,
     )

@@ -44,11 +44,8 @@ def _wire_loading(demo: gr.Blocks, page: Page, studio: Studio) -> None:
 def _wire_settings(page: Page, studio: Studio) -> None:
     spec, parts = studio.choice.spec, page.controls
     for button, example in zip(page.examples, studio.app.examples, strict=True):
-        chosen = [parts[name] for name in example if name in parts]
-        button.click(
-            lambda example=example: [value for name, value in example.items() if name in parts],
-            outputs=chosen, queue=False, **PRIVATE,
-        )  # fmt: skip
+        chosen = {parts[name]: value for name, value in example.items() if name in parts}
+        button.click(lambda chosen=chosen: chosen, outputs=list(chosen), queue=False, **PRIVATE)
     page.last_seed.click(
         lambda seed: (seed, False), inputs=[page.last], outputs=[parts["seed"], page.randomise], queue=False, **PRIVATE
     )

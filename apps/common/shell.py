@@ -13,7 +13,7 @@ from apps.common.controls import ASPECTS, Control
 from apps.common.history import History
 from apps.common.studio import Studio
 
-__all__ = ["Page", "build"]
+__all__ = ["Page", "build", "layout"]
 
 HOUR = 3600
 
@@ -42,13 +42,14 @@ def build(studio: Studio) -> gr.Blocks:
     """Build the page; styling comes with `launch`."""
     title = f"{studio.app.title} · Nibble Studio"
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(HOUR, 24 * HOUR)) as demo:
-        page = _layout(studio)
+        page = layout(studio)
         events.wire(demo, page, studio)
         api.add(studio)
     return demo
 
 
-def _layout(studio: Studio) -> Page:
+def layout(studio: Studio) -> Page:
+    """Lay the components out inside the Blocks being built, with no events yet."""
     controls: dict[str, gr.components.Component] = {}
     with gr.Column(elem_id="nb-page"):
         gr.HTML(panels.header(studio.app), elem_id="nb-header")

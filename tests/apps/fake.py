@@ -66,9 +66,7 @@ def paint(request: Request, precision: str) -> Image.Image:
     draw = np.random.default_rng([request.seed, *request.prompt.encode()])
     corners = draw.integers(0, 256, (2, 2, 3)).astype(np.float64)
     y, x = np.linspace(0, 1, height)[:, None, None], np.linspace(0, 1, width)[None, :, None]
-    pixels = (1 - y) * ((1 - x) * corners[0, 0] + x * corners[0, 1]) + y * (
-        (1 - x) * corners[1, 0] + x * corners[1, 1]
-    )
+    pixels = (1 - y) * ((1 - x) * corners[0, 0] + x * corners[0, 1]) + y * ((1 - x) * corners[1, 0] + x * corners[1, 1])
     if precision != "bf16":
         pixels = np.rint(pixels / 17) * 17
     return Image.fromarray(np.rint(pixels).astype(np.uint8))

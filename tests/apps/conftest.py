@@ -1,0 +1,121 @@
+"""Pages under test are the real ones, served on loopback; only the engine may be the fake of `fake.py`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apps.common import cli
+from apps.common.studio import Studio
+from apps.flux_t2i.run import APP
+from tests.apps.fake import FakeEngine, loader
+
+
+def arguments(*flags: str) -> argparse.Namespace:
+    return cli.parser(APP).parse_args(list(flags))
+
+
+class Served:
+    """A studio with fake engines; `gate`, when there is one, lets one step pass a release."""
+
+    def __init__(self, *flags: str, gated: bool = False) -> None:
+        self.gate = threading.Semaphore(0) if gated else None
+        self.engines: dict[str, FakeEngine] = {}
+        self.studio: Studio = cli.open_studio(APP, arguments(*flags), loader(self.gate, self.engines))
+        self.demo: Any = None
+
+    @property
+    def url(self) -> str:
+        return self.demo.local_url
+
+    def serve(self) -> Served:
+        self.demo = cli.launch(self.studio, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+        return self
+
+    def close(self) -> None:
+        if self.demo is not None:
+            self.demo.close()
+        self.studio.pictures.close()
+
+
+@contextmanager
+def serving(*flags: str, gated: bool = False) -> Iterator[Served]:
+    page = Served(*flags, gated=gated).serve()
+    try:
+        yield page
+    finally:
+        if page.gate is not None:
+            page.gate.release(1000)
+        page.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def dropped_event_loops() -> Iterator[None]:
+    """Gradio makes event loops while it builds Blocks and drops them unclosed; they are kept here and closed."""
+    made, new = [], asyncio.new_event_loop
+
+    def recorded() -> asyncio.AbstractEventLoop:
+        made.append(new())
+        return made[-1]
+
+    asyncio.new_event_loop = recorded
+    yield
+    asyncio.new_event_loop = new
+    asyncio.set_event_loop(None)
+    for loop in made:
+        if not loop.is_running():
+            loop.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Gradio's server, its client and the MCP client drop sockets and streams unclosed.
+    ignored = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(ignored)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected() -> Iterator[None]:
+    """What a module of these tests drops is collected with it, not during somebody else's test."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def page() -> Iterator[Served]:
+    """One page for all tests that only look at it or call it."""
+    with serving() as served:
+        yield served
+
+
+@pytest.fixture
+def studio() -> Iterator[Studio]:
+    """A studio that is not served."""
+    made = Served()
+    yield made.studio
+    made.close()
+
+
+@pytest.fixture
+def make_studio() -> Iterator[Callable[..., Served]]:
+    """Studios with flags of the test's choice."""
+    made: list[Served] = []
+
+    def make(*flags: str, gated: bool = False) -> Served:
+        made.append(Served(*flags, gated=gated))
+        return made[-1]
+
+    yield make
+    for one in made:
+        if one.gate is not None:
+            one.gate.release(1000)
+        one.close()
