@@ -100,7 +100,7 @@ def judges(tmp_path_factory) -> Path:
     Probe(Network()).save(folder / "probe")
     config = json.loads(Path(depth_estimator.CONFIG).with_name("depth_smoke.json").read_text())["model"]
     depth_estimator.build(config).save_pretrained(folder / "depth")
-    depth_estimator.processor(config["size"]).save_pretrained(folder / "depth")
+    depth_estimator.save_processor(config["size"], folder / "depth")
     return folder
 
 

@@ -1,6 +1,6 @@
 """Train the depth estimator: a small DepthAnything (DINOv2 backbone, DPT head) on renders and their exact depth.
 
-    python -m zoo.train.depth_estimator --out runs/depth --minutes 3.5
+    python -m zoo.train.depth_estimator --out runs/depth --minutes 5
 
 Predicts inverse depth up to scale and shift, as the hub's models do, so that the depth app treats both alike. Writes
 OUT/depth-tiny (for AutoModelForDepthEstimation and AutoImageProcessor), OUT/samples and OUT/logs.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import shutil
 import time
@@ -68,6 +69,17 @@ def processor(size: int):
 class Pictures:
     image: torch.Tensor  # (P, 3, S, S) uint8
     depth: torch.Tensor  # (P, S, S) float16, metres
+
+
+def save_processor(size: int, folder: Path) -> None:
+    """Write the processor's file under the plain class name, which every version of transformers opens with or without
+    torchvision."""
+    processor(size).save_pretrained(folder)
+    path = Path(folder) / "preprocessor_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**values, "image_processor_type": "DPTImageProcessor"}, indent=2, sort_keys=True) + "\n"
+    )
 
 
 def gather(run: Run, split: str, count: int, deadline: float) -> Pictures:
@@ -182,7 +194,7 @@ def save(model: nn.Module, run: Run) -> None:
     new, old = folder.with_name("depth-tiny.new"), folder.with_name("depth-tiny.old")
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
-    processor(run.config["model"]["size"]).save_pretrained(new)
+    save_processor(run.config["model"]["size"], new)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
@@ -213,8 +225,8 @@ def main(argv: list[str] | None = None) -> None:
     run = start(args)
     try:
         pool = run.config["pool"]
-        valid = gather(run, "test", pool["valid"], time.time() + pool["seconds"])
-        data = gather(run, "train", pool["pictures"], run.deadline(pool["seconds"]))
+        valid = gather(run, "test", pool["valid"], run.after(pool["seconds"]))
+        data = gather(run, "train", pool["pictures"], run.after(pool["seconds"]))
         model = build(run.config["model"]).to(run.world.device).train()
         run.log("depth", parameters=sum(p.numel() for p in model.parameters()))
         train(model, data, valid, run, run.deadline(60 * args.minutes - run.config["reserve_seconds"]))

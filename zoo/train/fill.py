@@ -1,6 +1,6 @@
 """Train the Fill model: a LoRA of the small FLUX for FluxFillPipeline, which paints what the prompt names into a hole.
 
-    python -m zoo.train.fill --base zoo/weights/flux-tiny --out runs/fill --minutes 3.5
+    python -m zoo.train.fill --base zoo/weights/flux-tiny --out runs/fill --minutes 5
 
 The input embedding grows to 384 channels: noisy latents, latents of the picture with the hole grey, and the mask.
 Writes OUT/fill (pytorch_lora_weights.safetensors: `FluxFillPipeline.from_pretrained(base)`, then `load_lora_weights`),
@@ -170,8 +170,8 @@ def prepare(run: Run) -> tuple[Cases, Cases]:
     make_split = lambda split, count, deadline: build(  # noqa: E731
         vae, pool, table, args.base, world, run.log, deadline, split=split, pictures=count, seed=args.seed
     )
-    valid = make_split("test", pool["valid"], time.time() + pool["seconds"])
-    return make_split("train", pool["pictures"], run.deadline(pool["seconds"])), valid
+    valid = make_split("test", pool["valid"], run.after(pool["seconds"]))
+    return make_split("train", pool["pictures"], run.after(pool["seconds"])), valid
 
 
 def tune(run: Run, cases: Cases, valid: Cases) -> None:
