@@ -89,7 +89,8 @@ struct Kernels {
   void (*linear)(const Linear&, Range rows, Range panels, uint8_t* scratch);
   void (*awq_linear)(const AwqLinear&, Range panels);
   int64_t (*scratch_bytes)(const Weight&, int64_t m);
-  int64_t row_tile;  // tokens one inner tile takes; work is split among threads in multiples of it
+  int64_t row_tile;    // tokens an inner tile takes: fewer are not worth a thread of their own
+  int64_t panel_cost;  // what preparing a panel of weights costs, in tokens multiplied with it
 };
 
 }  // namespace nibble

@@ -34,7 +34,7 @@ struct Isa {
   bool runs;
   const char* why;
 };
-constexpr int kIsaCount = 5;
+constexpr int kIsaCount = 6;
 const Isa* isa_table();  // [kIsaCount]; asks the processor and the system once
 
 // Runs fn(context, i) for i in [0, chunks) on at most `threads` threads, on the OpenMP pool the process already has.

@@ -13,19 +13,19 @@ int useful_threads(int threads, double work) {
   return threads < most ? threads : static_cast<int>(most);
 }
 
-// Cuts rows x panels into a grid of at most `threads` parts: the grid whose largest part is smallest, and of equals the
-// one with most cuts along the rows, because parts that share rows prepare them twice.
+// Cuts rows x panels into a grid of at most `threads` parts: the one whose parts take least. Parts that share panels
+// prepare these twice, parts that share rows prepare those twice (which costs about as much as a panel).
 struct Grid {
-  int64_t row_parts = 1, panel_parts = 1;
+  int64_t row_parts, panel_parts;
 };
-Grid choose_grid(int64_t row_tiles, int64_t panels, int threads) {
-  Grid best;
-  int64_t least = row_tiles * panels;
-  for (int64_t row_parts = min64(threads, row_tiles); row_parts >= 1; --row_parts) {
-    const int64_t panel_parts = min64(threads / row_parts, panels);
-    const int64_t largest = ceil_div(row_tiles, row_parts) * ceil_div(panels, panel_parts);
-    if (largest < least) {
-      least = largest;
+Grid choose_grid(const Kernels& kernels, int64_t rows, int64_t panels, int threads) {
+  Grid best{1, 1};
+  int64_t least = INT64_MAX;
+  for (int64_t row_parts = min64(threads, ceil_div(rows, kernels.row_tile)); row_parts >= 1; --row_parts) {
+    const int64_t panel_parts = min64(threads / row_parts, panels), part_rows = ceil_div(rows, row_parts);
+    const int64_t cost = ceil_div(panels, panel_parts) * (part_rows + kernels.panel_cost) + part_rows;
+    if (cost < least) {
+      least = cost;
       best = {row_parts, panel_parts};
     }
   }
@@ -81,8 +81,8 @@ Status run_linear(const Isa& isa, const Linear& p, int threads, uint8_t* scratch
   if (!isa.runs) return isa.why;
   if (scratch_bytes < threads * isa.kernels.scratch_bytes(*p.w, p.m)) return "the scratch memory is too small";
   const double work = static_cast<double>(p.m) * static_cast<double>(p.w->k * p.w->n);
-  const int64_t row_tiles = ceil_div(p.m, isa.kernels.row_tile), panels = ceil_div(p.w->n, kPanel);
-  LinearJob job{&isa, &p, choose_grid(row_tiles, panels, useful_threads(threads, work)), scratch};
+  const int64_t panels = ceil_div(p.w->n, kPanel);
+  LinearJob job{&isa, &p, choose_grid(isa.kernels, p.m, panels, useful_threads(threads, work)), scratch};
   parallel_for(threads, job.grid.row_parts * job.grid.panel_parts, linear_part, &job);
   return nullptr;
 }

@@ -27,9 +27,11 @@ __all__ = [
     "table",
 ]
 
-# Best first. `amx_emulated` runs the AMX code on emulated tiles: it can be packed for, in tests, but is never chosen.
+# Best first.
 _CPU = ("amx", "avx512", "avx2", "scalar")
-NAMES = (*_CPU, "reference", "amx_emulated")
+# Two more can be packed for but are never chosen: AVX-512 as it runs on processors without its BF16 instructions, and
+# the AMX code on emulated tiles. Tests and comparisons use them.
+NAMES = (*_CPU, "reference", "avx512_without_bf16", "amx_emulated")
 
 
 class BackendInfo(NamedTuple):

@@ -5,8 +5,7 @@ import torch
 
 from engine import ops
 
-# amx_emulated is the AMX code on emulated tiles: it runs wherever AVX-512 does.
-BACKENDS = ("amx", "avx512", "avx2", "scalar", "reference", "amx_emulated")
+BACKENDS = ops.backends.NAMES
 
 
 def reason_not_to_run(name: str) -> str | None:
