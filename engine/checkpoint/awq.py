@@ -44,7 +44,8 @@ class AwqPiece:
 
     def canonical(self) -> dict[str, tuple[int, ...]]:
         groups = self.k // self.group
-        shapes = {"codes": (self.n, self.k // 2), "scales": (self.n, groups), "zeros": (self.n, groups)}
+        shapes: dict[str, tuple[int, ...]] = {"codes": (self.n, self.k // 2)}
+        shapes |= {"scales": (self.n, groups), "zeros": (self.n, groups)}
         if self.bias:
             shapes["bias"] = (self.n,)
         return {f"{self.name}.{part}": shape for part, shape in shapes.items()}

@@ -162,7 +162,8 @@ def _section(files: TensorFiles, config: Mapping[str, Any], name: str) -> Mappin
     targets = section.get("targets") if isinstance(section, dict) else None
     if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
         raise CheckpointError(f"{files.path}: {name}.targets: expected a non-empty list of module paths")
-    if allowed.get(section.get("precision")) != section.get("group_size"):
+    precision = section.get("precision")
+    if not isinstance(precision, str) or allowed.get(precision, 0) != section.get("group_size"):
         raise CheckpointError(
             f"{files.path}: {name}: expected one of {allowed} as precision and group_size, got"
             f" {section.get('precision')!r} and {section.get('group_size')!r}"

@@ -38,6 +38,7 @@ __all__ = [
 
 TILE = 128
 _RANK_TILE = 16
+_AWQ_ROWS = 256
 
 
 def round_up(value: int, multiple: int = TILE) -> int:
@@ -153,14 +154,27 @@ def unpack_awq_codes(stored: Tensor, chunks: int = 1) -> Tensor:
     words = stored.contiguous().view(torch.int16)
     n, k = words.shape[0] * 4, words.shape[1]
     _demand("qweight", (n, 4 * chunks), (k, 64))
+    codes = torch.empty((chunks, n // chunks, k // 2), dtype=torch.uint8, device=stored.device)
+    # Blocks of rows that hold whole interleaved runs, since shifted words take several times the room of codes.
+    block = _AWQ_ROWS * chunks
+    for start in range(0, n, block):
+        rows = _awq_rows(words[start // 4 : (start + block) // 4])
+        run = rows.view(-1, chunks, k // 2).transpose(0, 1)
+        codes[:, start // chunks : start // chunks + run.shape[1]] = run
+    return codes.view(n, k // 2)
+
+
+def _awq_rows(words: Tensor) -> Tensor:
+    """Words int16 (N/4, K) -> codes uint8 (N, K/2), rows as stored."""
+    n, k = words.shape[0] * 4, words.shape[1]
     # [nt][kt][n % 4][u][e][o]: word e, o holds k % 8 = 2 e + o of half u
     words = words.view(n // 4, k // 64, 4, 2, 4, 2)
-    codes = torch.empty((n // 4, 4, k // 64, 2, 4, 4), dtype=torch.uint8, device=stored.device)
+    codes = torch.empty((n // 4, 4, k // 64, 2, 4, 4), dtype=torch.uint8, device=words.device)
     for nibble in range(4):
         part = (words >> (4 * nibble)) & 15
         both = part[..., 0] | (part[..., 1] << 4)  # [nt][kt][n % 4][u][e]
-        codes[:, :, :, :, nibble] = both.permute(0, 2, 1, 3, 4).to(torch.uint8)
-    return _deinterleave(codes.view(n, k // 2), chunks)
+        codes[:, :, :, :, nibble] = both.permute(0, 2, 1, 3, 4)
+    return codes.view(n, k // 2)
 
 
 def pack_awq_codes(codes: Tensor, chunks: int = 1) -> Tensor:
@@ -174,13 +188,6 @@ def pack_awq_codes(codes: Tensor, chunks: int = 1) -> Tensor:
         words[..., 0] |= (both & 15) << (4 * nibble)
         words[..., 1] |= (both >> 4) << (4 * nibble)
     return words.view(n // 4, k).view(torch.int32)
-
-
-def _deinterleave(rows: Tensor, chunks: int) -> Tensor:
-    if chunks == 1:
-        return rows
-    n = rows.shape[0]
-    return rows.view(n // chunks, chunks, -1).transpose(0, 1).reshape(n, -1)
 
 
 def _transpose(tensor: Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> Tensor:

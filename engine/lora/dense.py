@@ -55,8 +55,10 @@ class DenseMerge:
             total[:, : down.shape[1]].addmm_(part, down)
         self._layer.weight.data.copy_(total)
         if self._biases:
-            base = 0 if self._bias is None else self._bias.detach().float()
-            self._layer.bias.data.copy_(base + sum(strengths[index] * bias for index, bias in self._biases))
+            base = torch.zeros_like(self._biases[0][1]) if self._bias is None else self._bias.detach().float()
+            for index, bias in self._biases:
+                base = base + strengths[index] * bias
+            self._layer.bias.data.copy_(base)
 
     def restore(self) -> None:
         """Put the original parameters back."""

@@ -63,17 +63,17 @@ def from_runtime(tensors: Mapping[str, Tensor], source: Source) -> LoraWeights:
     """
     lora, known = LoraWeights(), set()
     for piece in _pieces(source):
-        names = (
-            {part: f"{piece.prefix}.{part}" for part in ("lora_down", "lora_up")} if hasattr(piece, "prefix") else {}
-        )
-        if not names or names["lora_down"] not in tensors or names["lora_up"] not in tensors:
+        if not isinstance(piece, SvdqPiece | AwqPiece):
+            continue
+        names = {part: f"{piece.prefix}.{part}" for part in ("lora_down", "lora_up")}
+        if names["lora_down"] not in tensors or names["lora_up"] not in tensors:
             continue
         known |= set(names.values())
         down, up = (tensors[name] for name in names.values())
         if isinstance(piece, AwqPiece):
             rows = up.view(-1, piece.chunks, up.shape[1]).transpose(0, 1).reshape(up.shape)
             lora.factors[piece.name] = Factors(down, rows)
-        elif isinstance(piece, SvdqPiece):
+        else:
             _unpacked(piece, packing.unpack_lora_down(down), packing.unpack_lora_up(up), source, lora)
     for key in sorted(set(tensors) - known):
         module, _, kind = key.rpartition(".lora_")

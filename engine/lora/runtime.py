@@ -166,7 +166,7 @@ class _Bank:
                 deltas = [(i, found) for i, lora in enumerate(loras) if (found := target.factors(lora)) is not None]
                 if deltas or biases:
                     self._merges.append(DenseMerge(self._transformer, target, deltas, biases))
-            elif biases:
+            elif biases and isinstance(target.layer, SVDQuantLinear | AWQLinear):
                 self._biased.append((target.layer, biases))
         for index, lora in enumerate(loras):
             for name, value in lora.norms.items():

@@ -43,7 +43,7 @@ def load_t5(path: str | Path, *, backend: str, device: torch.device, dtype: torc
         for name in linears:
             layer = AWQLinear(_read(files, name), backend=backend, dtype=dtype)
             # T5's feed-forward asks `wo.weight` for a dtype to cast to when there is one.
-            layer.weight = None
+            layer.weight = None  # pyright: ignore[reportArgumentType]
             replace_module(model, name, layer)
         _fill(model, files, dtype)
     return model.eval().requires_grad_(False)
