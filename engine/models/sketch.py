@@ -48,20 +48,24 @@ def to_lines(sketch: Drawing, height: int, width: int) -> Tensor:
     more than asked where the erosion kernel is even, as the published sampler has it; the autoencoder rounds down.
     Raises ArgumentError for a tensor of another size.
     """
-    if isinstance(sketch, Tensor):
-        grey = sketch[:, :1].float()
-        if sketch.ndim != 4 or grey.shape[-2:] != (height, width):
-            raise ArgumentError(f"sketch: expected a tensor (B, 3, {height}, {width}), got {tuple(sketch.shape)}")
-    else:
-        pictures = [sketch] if isinstance(sketch, Image.Image) else list(sketch)
-        resized = [p.convert("RGB").resize((width, height), Image.Resampling.LANCZOS) for p in pictures]
-        grey = torch.stack([torch.from_numpy(np.asarray(p)[None, ..., 0].copy()) for p in resized]).float() / 255
+    grey = _grey(sketch, height, width)
     line = (grey < 0.5).float()
     side = erosion(min(height, width))
     if side > 1:
         ones = torch.ones(1, 1, side, side, device=line.device)
         line = (F.conv2d(line, ones, padding=side // 2) > side * side - 0.1).float()
     return line.expand(-1, 3, -1, -1) * 2 - 1
+
+
+def _grey(sketch: Any, height: int, width: int) -> Tensor:
+    """First channel of the drawings, (B, 1, height, width) in [0, 1]."""
+    if isinstance(sketch, Tensor):
+        if sketch.ndim != 4 or sketch.shape[-2:] != (height, width):
+            raise ArgumentError(f"sketch: expected a tensor (B, 3, {height}, {width}), got {tuple(sketch.shape)}")
+        return sketch[:, :1].float()
+    pictures = [sketch] if isinstance(sketch, Image.Image) else list(sketch)
+    resized = [p.convert("RGB").resize((width, height), Image.Resampling.LANCZOS) for p in pictures]
+    return torch.stack([torch.from_numpy(np.asarray(p)[None, ..., 0].copy()) for p in resized]).float() / 255
 
 
 def strength_by_peft(pipe: Any) -> Strength:
