@@ -136,6 +136,15 @@ def denoiser(run: Run, data: Pool, wide: Pool, valid: Pool) -> None:
         run.save()
 
 
+def _sheets(now: Run) -> None:
+    """Contact sheets of the exported folder; one that fails is logged and does not end the run."""
+    folder = now.args.out
+    try:
+        sana_samples.sheets(folder / "model", folder / "samples", now.config["samples"], now.log, now.world.device)
+    except Exception as error:
+        now.log("samples", failed=f"{type(error).__name__}: {error}"[:300])
+
+
 def run(args: argparse.Namespace) -> None:
     """Do everything that `args` asks for."""
     began = time.time()
@@ -146,9 +155,7 @@ def run(args: argparse.Namespace) -> None:
         denoiser(now, data, wide, valid)
         if now.world.chief:
             plot(now.log.path, args.out / "logs" / "curves.png")
-            sana_samples.sheets(
-                args.out / "model", args.out / "samples", now.config["samples"], now.log, now.world.device
-            )
+            _sheets(now)
             now.log("done", minutes=round((time.time() - began) / 60, 2))
         now.world.barrier()
     finally:
