@@ -8,6 +8,7 @@ from typing import Any
 
 from apps.common.controls import Control
 from engine.models import catalogue
+from engine.models.catalogue import ModelSpec
 
 __all__ = ["App", "no_inputs"]
 
@@ -25,7 +26,8 @@ class App:
 
     `slug` is its folder; `nibble` (0 to 15) the four bits its sign shows. `models` are names of the catalogue, the
     small one first and the large ones in the order `--model auto` prefers them. `prepare` turns the control values,
-    by name, into the pipeline's inputs beyond text; it is pure. `examples` are control values by name.
+    by name, into the pipeline's inputs beyond text; it is pure. `examples` are control values by name that suit the
+    small model; `large_examples` suit any other.
 
     Raises ValueError when a name is used twice, an example names a control that is not there, or a model is unknown.
     """
@@ -37,8 +39,8 @@ class App:
     models: tuple[str, ...]
     controls: tuple[Control, ...]
     examples: tuple[Values, ...] = ()
+    large_examples: tuple[Values, ...] = ()
     prepare: Callable[[Values], dict[str, Any]] = no_inputs
-    placeholder: str = ""
     about: str = ""
 
     def __post_init__(self) -> None:
@@ -55,12 +57,17 @@ class App:
         for model in self.models:
             if model not in catalogue.names():
                 raise ValueError(f"{self.slug}: expected models of {', '.join(catalogue.names())}, got {model!r}")
-        for number, example in enumerate(self.examples, 1):
+        for number, example in enumerate((*self.examples, *self.large_examples), 1):
             unknown = sorted(set(example) - set(names))
             if unknown:
                 raise ValueError(
                     f"{self.slug}: example {number} sets {', '.join(unknown)}; the controls are {', '.join(names)}"
                 )
+
+    def examples_for(self, spec: ModelSpec) -> tuple[Values, ...]:
+        """The examples that suit a model."""
+        small = spec.name == catalogue.resolve(self.models[0]).name
+        return self.examples if small or not self.large_examples else self.large_examples
 
     def control(self, name: str) -> Control:
         """The control of that name; KeyError when there is none."""

@@ -30,7 +30,7 @@ class Column:
 def build(precision: str) -> Column:
     """Lay out a column inside the current row."""
     with gr.Column(elem_classes=["nb-card", "nb-column", f"nb-{precision}"], min_width=300):
-        line = gr.HTML(status(precision, "idle", "Ready"), elem_id=f"nb-status-{precision}")
+        line = gr.HTML(status(precision, "idle", "Nothing painted yet"), elem_id=f"nb-status-{precision}")
         blank = gr.HTML(canvas(0), elem_id=f"nb-canvas-{precision}")
         image = gr.Image(
             visible=False,
@@ -48,12 +48,14 @@ def build(precision: str) -> Column:
     return Column(precision, line, blank, image, cost)
 
 
-def canvas(done: float) -> str:
-    """What stands where the picture will be: sixteen nibbles, their bits lit as far as the run has come."""
+def canvas(done: float, width: int = 1, height: int = 1) -> str:
+    """What stands where the picture of that shape will be: sixteen nibbles, lit as far as the run has come."""
     lit = round(done * _BITS)
     bits = [f'<i class="{"nb-lit" if place * 27 % _BITS < lit else ""}"></i>' for place in range(_BITS)]
     nibbles = "".join(f"<b>{''.join(bits[first : first + 4])}</b>" for first in range(0, _BITS, 4))
-    return f'<div class="nb-canvas" aria-hidden="true"><div>{nibbles}</div></div>'
+    return (
+        f'<div class="nb-canvas" aria-hidden="true" style="aspect-ratio: {width} / {height}"><div>{nibbles}</div></div>'
+    )
 
 
 # Bits light up in strides of 27, which is prime to 64: each once, and scattered evenly.
@@ -114,7 +116,7 @@ def figures(result: Result | None, results: Mapping[str, Result] | None = None) 
 def _how(result: Result) -> str:
     stages = result.stages
     parts = [f"{name} {' '.join(words.seconds_text(stages[name]))}" for name in stages]
-    return f"{result.activation.upper()} on {result.device}, {result.backend} kernels · {' + '.join(parts)}"
+    return f"{', '.join(parts)} · {result.activation.upper()}, {result.backend}"
 
 
 def _figure(name: str, value: tuple[str, str], delta: str = "", tone: str = "same") -> str:

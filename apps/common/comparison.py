@@ -64,7 +64,7 @@ def build(precisions: Sequence[str]) -> Comparison:
                 )
                 numbers = gr.HTML(elem_id="nb-scores")
             with gr.Column(elem_classes=["nb-card"], min_width=300):
-                gr.HTML(_title("Where they differ", "mean difference of the three channels, a pixel"))
+                gr.HTML(_title("Where they differ", "each pixel, mean of its three channels"))
                 difference = gr.Image(
                     type="filepath",
                     format="png",

@@ -13,7 +13,6 @@ from apps.common.comparison import Shot
 from apps.common.runner import Began, Event, Failed, Finished, Job, Loads, Stepped, Stopped, events
 from apps.common.studio import Studio
 from engine import RequestError
-from engine.request import MAX_SEED
 
 if TYPE_CHECKING:
     from apps.common.shell import Page
@@ -22,6 +21,8 @@ __all__ = ["DEVICE", "PRIVATE", "Painter", "session", "wire"]
 
 # One name for all that uses the device: Gradio then runs them one at a time, in the order they came.
 DEVICE = "device"
+# Seeds drawn for a visitor stay short enough to read out; a longer one can be typed.
+DRAWN_SEEDS = 1_000_000
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -76,13 +77,14 @@ class Painter:
         page = self.page
         values = {name: data[component] for name, component in page.controls.items()}
         if data[page.randomise]:
-            values["seed"] = random.randrange(MAX_SEED + 1)
+            values["seed"] = random.randrange(DRAWN_SEEDS)
         try:
             job = Job(self.studio.request(values), self.studio.pool.precisions, values)
         except RequestError as error:
             return {page.message: panels.message(str(error))}
         if not self.studio.desk.open(session(request), job):
             return {page.message: panels.message("A picture is being painted; Stop ends it.", "note")}
+        shape = job.request.width or 1, job.request.height or 1
         updates: dict = {
             page.message: "",
             page.controls["seed"]: values["seed"],
@@ -91,7 +93,7 @@ class Painter:
         }
         for precision, column in page.columns.items():
             updates[column.status] = columns.status(precision, "idle", "Waiting for its turn")
-            updates[column.canvas] = gr.update(value=columns.canvas(0), visible=True)
+            updates[column.canvas] = gr.update(value=columns.canvas(0, *shape), visible=True)
             updates[column.image] = gr.update(value=None, visible=False)
             updates[column.figures] = columns.figures(None)
         return updates
@@ -116,7 +118,7 @@ class Painter:
                     entries = history.add(entries, path, event.result, job.values)
                     yield self._finished(shots, entries, job, data)
                 else:
-                    yield self._progress(event)
+                    yield self._progress(event, job)
         finally:
             self.studio.desk.close(session(request), job)
 
@@ -133,11 +135,12 @@ class Painter:
             return {self.page.stop: gr.update(value="Stopping…", interactive=False)}
         return {self.page.message: panels.message("Nothing is running.", "note")}
 
-    def _progress(self, event: Event) -> dict:
+    def _progress(self, event: Event, job: Job) -> dict:
         column = self.page.columns[event.precision]
         updates: dict = {column.status: _head(event)}
         if isinstance(event, Stepped):
-            updates[column.canvas] = columns.canvas(event.step.index / event.step.total)
+            shape = job.request.width or 1, job.request.height or 1
+            updates[column.canvas] = columns.canvas(event.step.index / event.step.total, *shape)
         return updates
 
     def _refused(self, card: str) -> dict:

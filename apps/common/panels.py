@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -122,14 +121,13 @@ def explanation(app: App) -> str:
     )
 
 
-def footer(choice: Choice, links: Mapping[str, str]) -> str:
-    """Licence of the model in use and the programming interface."""
+def footer(choice: Choice) -> str:
+    """Licence of the model in use, and the programming interface: its page here, and its OpenAPI description."""
     spec = choice.spec
-    anchors = "".join(
-        f'<a href="{escape(url)}" target="_blank" rel="noopener">{escape(name)}</a>' for name, url in links.items()
-    )
     return (
         f'<footer class="nb-footer"><p>{sign(0b1111, 16)} Nibble Studio, Apache-2.0. '
         f"Model in use: {escape(spec.title)}, {escape(spec.licence or 'see its model card')}. "
-        f"Pictures are made by a machine; say so where you share them.</p><nav>{anchors}</nav></footer>"
+        "Pictures are made by a machine; say so where you share them.</p>"
+        '<nav><button type="button" id="nb-api">Use by API or MCP</button>'
+        '<a href="gradio_api/openapi.json" target="_blank" rel="noopener">OpenAPI</a></nav></footer>'
     )

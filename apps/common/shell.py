@@ -78,7 +78,7 @@ def layout(studio: Studio) -> Page:
         compared = comparison.build(studio.pool.precisions)
         kept = history.build()
         gr.HTML(panels.explanation(studio.app))
-        gr.HTML(panels.footer(studio.choice, {"API and MCP": "?view=api", "OpenAPI": "gradio_api/openapi.json"}))
+        gr.HTML(panels.footer(studio.choice))
     return Page(
         banner, generate, stop, message, randomise, last_seed, recall, painted, compared, kept, gr.State(None),
         aspect, examples, controls,
@@ -103,10 +103,9 @@ def _options(studio: Studio, controls: dict[str, gr.components.Component]) -> gr
 
 
 def _examples(studio: Studio) -> list[gr.Button]:
-    if not studio.app.examples:
+    examples = studio.app.examples_for(studio.choice.spec)
+    if not examples:
         return []
     with gr.Column(elem_id="nb-examples"):
         gr.HTML("<p>Try one of these</p>")
-        return [
-            gr.Button(str(example["prompt"]), size="sm", elem_classes=["nb-example"]) for example in studio.app.examples
-        ]
+        return [gr.Button(str(example["prompt"]), size="sm", elem_classes=["nb-example"]) for example in examples]

@@ -32,11 +32,16 @@ APP = App(
     ),
     examples=(
         {"prompt": "a large red metal sphere left of a small blue cube"},
-        {"prompt": "a small yellow cone in front of a large purple cylinder"},
-        {"prompt": "a green matte cube, a red sphere and a blue cone"},
-        {"prompt": "a large metal cylinder behind two small spheres"},
+        {"prompt": "a yellow cone in front of a purple cylinder"},
+        {"prompt": "a green cube, a white sphere and a blue cone"},
+        {"prompt": "a cyan metal sphere under a pink sky"},
+        {"prompt": "an orange cylinder on a checkered floor"},
     ),
-    placeholder=PLACEHOLDER,
+    large_examples=(
+        {"prompt": "a red fox asleep in autumn leaves, soft morning light"},
+        {"prompt": "a hand-painted sign that reads NIBBLE above the door of a narrow bookshop"},
+        {"prompt": "an astronaut watering tomatoes in a greenhouse on Mars"},
+    ),
 )
 
 

@@ -200,6 +200,12 @@ def test_history_fills_the_controls_again(browser, page):
         tab.locator("#nb-history").wait_for(state="hidden")
 
 
+def test_the_page_of_the_interface_opens(browser, page):
+    with visit(browser, page.url) as tab:
+        tab.locator("#nb-api").click()
+        tab.get_by_text("generate", exact=True).first.wait_for()
+
+
 @pytest.mark.parametrize("view", ["light", "dark", "phone"])
 def test_nothing_sticks_out_and_the_light_switch_works(browser, page, view):
     with visit(browser, page.url, view) as tab:

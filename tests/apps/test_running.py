@@ -281,10 +281,8 @@ def test_the_history_is_bounded_and_keeps_the_newest(driven):
 
 
 def test_recalled_settings_fit_or_are_named(driven):
-    settings = {
-        "prompt": "a cone", "seed": 5, "steps": 4, "guidance": 99.0, "width": "wide", "height": 192, "model": "flux.1-dev",
-        "backend": "x",
-    }  # fmt: skip
+    settings = {"prompt": "a cone", "seed": 5, "steps": 4, "guidance": 99.0, "width": "wide", "height": 192}
+    settings |= {"model": "flux.1-dev", "backend": "x"}
     values, note = recalling.fit(settings, driven.studio)
     assert values == {"prompt": "a cone", "seed": 5, "steps": 4, "height": 192, "style": "None"}
     assert "made with flux.1-dev" in note

@@ -7,6 +7,8 @@
   } catch { /* a browser without storage follows the system */ }
 
   document.addEventListener("click", (event) => {
+    // The page of the interface opens from Gradio's own footer only, which the sheet hides.
+    if (event.target.closest("#nb-api")) document.querySelector("footer:not(.nb-footer) button")?.click();
     if (!event.target.closest("#nb-light")) return;
     set(!dark());
     try { localStorage.setItem("nibble-light", dark() ? "dark" : "light"); } catch { /* not kept */ }
