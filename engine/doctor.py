@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 __all__ = ["examine", "main"]
@@ -56,7 +58,10 @@ def _device(device: Any, backends: Any) -> dict[str, Any]:
         report["threads"] = torch.get_num_threads()
     report["backends"] = [{"name": row.name, "runs": row.runs, "why": row.why} for row in backends.table(device)]
     try:
-        report["chosen"] = backends.select(device).name
+        with warnings.catch_warnings():
+            # Falling back to the reference warns whoever runs a model; here it is what the report is about.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            report["chosen"] = backends.select(device).name
     except BackendError as error:
         report |= {"chosen": None, "error": str(error)}
     return report
@@ -72,19 +77,19 @@ def _processor() -> str:
 
 
 def _model(spec: Any) -> dict[str, Any]:
-    from pathlib import Path
-
     here = {"bf16": spec.local or _cached(spec.source, "model_index.json")}
     for precision, place in spec.checkpoints.items():
-        parts = place.split("/")
-        cached = len(parts) == 3 and _cached("/".join(parts[:2]), parts[2])
-        here[precision] = Path(place).exists() or cached
+        repository, _, file = place.rpartition("/")
+        here[precision] = Path(place).exists() or _cached(repository, file)
     return {"name": spec.name, "source": spec.source, "on_this_machine": here, "download_gib": spec.download_gib}
 
 
 def _cached(repository: str, file: str) -> bool:
+    """Whether a hub file was downloaded before; a path on this machine is no hub id."""
     from huggingface_hub import try_to_load_from_cache
 
+    if Path(repository).is_absolute() or repository.count("/") != 1:
+        return False
     return isinstance(try_to_load_from_cache(repository, file), str)
 
 
@@ -93,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m engine.doctor",
         description="Say which kernels each device of this machine gets and why, and which models can be opened.",
-        epilog="ENGINE_BACKEND=avx2 (or another name below) forces one backend; a forced one that cannot run is an error.",
+        epilog="ENGINE_BACKEND=avx2 (or another name below) forces one backend; one that cannot run is then an error.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args(argv)
@@ -109,7 +114,9 @@ def _print(report: dict[str, Any]) -> None:
     packages = ", ".join(f"{name} {version or 'absent'}" for name, version in report["packages"].items())
     print(f"Nibble Studio {report['nibble']} on Python {report['python']}: {packages}")
     for device in report["devices"]:
-        extra = f", compute capability {device['capability']}, {device['memory_gib']} GiB" if "capability" in device else ""
+        extra = (
+            f", compute capability {device['capability']}, {device['memory_gib']} GiB" if "capability" in device else ""
+        )
         print(f"\n{device['device']}: {device['name']}{extra}")
         for row in device["backends"]:
             mark = "->" if row["name"] == device["chosen"] else "  "

@@ -50,16 +50,24 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prompt", help="what to paint")
-    parser.add_argument("--model", default="tiny", help="tiny (ships with the project), schnell, dev, a folder or a hub id")
-    parser.add_argument("--precision", nargs="+", default=["bf16", "int4"], metavar="P", help="bf16, int4 (default: both)")
-    parser.add_argument("--activation", default="auto", help="what 4-bit layers see: auto, w4a8 (8-bit) or w4a4 (4-bit)")
+    parser.add_argument(
+        "--model", default="tiny", help="tiny (ships with the project), schnell, dev, a folder or a hub id"
+    )
+    parser.add_argument(
+        "--precision", nargs="+", default=["bf16", "int4"], metavar="P", help="bf16, int4 (default: both)"
+    )
+    parser.add_argument(
+        "--activation", default="auto", help="what 4-bit layers see: auto, w4a8 (8-bit) or w4a4 (4-bit)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:index]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
     parser.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: the model's)")
     parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: the model's)")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder for the pictures (default: here)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="folder for the pictures (default: here)"
+    )
     parser.add_argument("--json", action="store_true", help="print settings and measurements as JSON")
     return parser
 
@@ -95,7 +103,7 @@ def _generate(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _say(quiet: bool):  # noqa: ANN202
+def _say(quiet: bool):
     return None if quiet else lambda text: print(f"{text} ...", file=sys.stderr)
 
 
@@ -113,7 +121,10 @@ def _slug(prompt: str) -> str:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'precision':<10} {'backend':<10} {'s':>7} {'ms/step':>8} {'weights MiB':>12} {'peak MiB':>9} {'PSNR dB':>8}  file")
+    print(
+        f"{'precision':<10} {'backend':<10} {'s':>7} {'ms/step':>8} {'weights MiB':>12} {'peak MiB':>9}"
+        f" {'PSNR dB':>8}  file"
+    )
     for row in rows:
         value = row.get("psnr_db")
         quality = "-" if "psnr_against" not in row else ("equal" if value is None else f"{value:.1f}")

@@ -7,6 +7,8 @@ columns), MLP down-projections read GELU outputs, and the adaLN modulations are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ class SplitLinear(nn.Module):
         return self.attn(x[..., : self.split]) + self.mlp(x[..., self.split :])
 
 
-def prepare(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
+def prepare(model: Any) -> Any:
     """Split each single block's `proj_out` into its attention and MLP parts, in place; the function is unchanged."""
     for block in model.single_transformer_blocks:
         if not isinstance(block.proj_out, SplitLinear):
@@ -53,7 +55,7 @@ def plan(model: FluxTransformer2DModel) -> list[LinearGroup]:
     return groups
 
 
-def use_fused_qkv(model: FluxTransformer2DModel) -> None:
+def use_fused_qkv(model: Any) -> None:
     """Make diffusers' attention call `to_qkv` (and `to_added_qkv`) in every block that has it.
 
     A stream whose projections were kept in 16 bits is concatenated too, since the switch is one for both streams.
@@ -121,4 +123,3 @@ def _split(linear: nn.Linear) -> SplitLinear:
         if linear.bias is not None:
             mlp.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
     return SplitLinear(attn, mlp, width)
-

@@ -154,11 +154,11 @@ def concatenate_rows(linears: Sequence[ops.CanonicalLinear]) -> ops.CanonicalLin
         for part in ("codes", "wscales", "wcscales", "lora_up", "bias")
         if getattr(first, part) is not None
     }
-    if first.wtscale is not None and any(not torch.equal(first.wtscale, other.wtscale) for other in linears):
+    scales = [linear.wtscale for linear in linears if linear.wtscale is not None]
+    if any(not torch.equal(scales[0], scale) for scale in scales):
         # Tensor scales that differ become one scale a row.
-        scales = [linear.wtscale.expand(linear.n) for linear in linears if linear.wtscale is not None]
-        rows["wcscales"] = torch.cat(scales) * rows.get("wcscales", 1)
-        rows["wtscale"] = None
+        by_row = torch.cat([scale.expand(linear.n) for scale, linear in zip(scales, linears, strict=True)])
+        return replace(first, **rows | {"wcscales": by_row * rows.get("wcscales", 1)}, wtscale=None)
     return replace(first, **rows)
 
 

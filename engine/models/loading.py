@@ -90,7 +90,7 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         raise ModelError(
-            f"{spec.source} is gated: accept its licence on its hub page, then log in with `hf auth login` or set HF_TOKEN"
+            f"{spec.source} is gated: accept its licence on its hub page, then `hf auth login` or set HF_TOKEN"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"{spec.source}: no such model on the hub, or it is private; check the name") from error

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m engine.quantize",
-        description="Make a 4-bit SVDQuant checkpoint of a model: smoothing, a 16-bit low-rank branch, INT4 for the rest.",
+        description="Make a 4-bit SVDQuant checkpoint of a model: smoothing, a 16-bit low-rank branch, the rest rounded.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -60,12 +60,19 @@ def _quantize(args: argparse.Namespace) -> None:
     bars: dict[str, tqdm] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
-        bar = bars.setdefault(stage, tqdm(total=total, desc=stage, file=sys.stderr))
-        bar.update(done - bar.n)
+        if stage not in bars:
+            bars[stage] = tqdm(total=total, desc=stage, file=sys.stderr)
+        bars[stage].update(done - bars[stage].n)
 
     recipe = Recipe(precision=args.precision, rank=args.rank, rounds=args.rounds)
     report = quantize_model(
-        args.model, args.out, prompts=prompts, recipe=recipe, keep=args.keep_16bit, device=args.device, progress=progress
+        args.model,
+        args.out,
+        prompts=prompts,
+        recipe=recipe,
+        keep=args.keep_16bit,
+        device=args.device,
+        progress=progress,
     )
     for bar in bars.values():
         bar.close()

@@ -20,7 +20,7 @@ __all__ = ["Inputs", "Quantized", "Recipe", "quantize_group", "quantize_weight_o
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize: 4-bit type, rank of the branch, smoothing strengths to try, refinement rounds, stored 16-bit type."""
+    """How to quantize: 4-bit type, rank, smoothing strengths to try, refinement rounds, stored 16-bit type."""
 
     precision: Literal["int4", "nvfp4"] = "int4"
     rank: int = 32

@@ -14,7 +14,7 @@ def low_rank(weight: Tensor, rank: int, root: Tensor, seed: int = 0) -> tuple[Te
     """Best rank-R factors of `weight` (N, K) for the inputs it sees: up (N, R), down (R, K).
 
     Minimises ||(weight - up @ down) @ root||, where root @ root.T is the second moment of the input (K, K): an error
-    counts by what it does to the output. Small matrices take an exact SVD, large ones a randomized one with a fixed seed.
+    counts by what it does to the output. Small matrices take an exact SVD, large ones a randomized one, same seed.
     """
     whitened = weight @ root
     u, s, v = _svd(whitened, rank, seed)

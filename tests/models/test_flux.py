@@ -136,7 +136,7 @@ def test_nan_scales_are_refused(folder: Path, tmp_path: Path):
         tensors |= load_file(file)
     tensors["single_transformer_blocks.0.proj_mlp.wscales"][3, 1] = float("nan")
     write_shards(tmp_path / "odd", tensors, _metadata(folder), 10**9)
-    with pytest.raises(CheckpointError, match="proj_mlp.wscales holds NaN"):
+    with pytest.raises(CheckpointError, match=r"proj_mlp\.wscales holds NaN"):
         load(tmp_path / "odd")
 
 

@@ -63,8 +63,9 @@ def decode(vae: AutoencoderKL, tokens: torch.Tensor, size: int, world: World) ->
     from zoo.train.flow import unpack
 
     z = unpack(tokens.float(), size // 8, size // 8) / vae.config.scaling_factor + vae.config.shift_factor
-    with autocast(world):
-        x = vae.decoder(z)
+    # Full precision: this paints a few sheets, and mixed precision failed here on a GPU (bias and input types differed).
+    with torch.autocast(world.device.type, enabled=False):
+        x = vae.float().decoder(z)
     return ((x.float().clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8)
 
 
