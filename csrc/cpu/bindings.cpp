@@ -76,14 +76,15 @@ int64_t svdq_linear_scratch(int isa, const Panels& panels, int64_t m, int mode, 
 
 Status svdq_linear(int isa, const Panels& panels, Address buffer, Address x, int x_dtype, int64_t x_stride, int64_t m,
                    int mode, Address y, int y_dtype, Address scratch, int64_t scratch_bytes, int threads) {
-  const Address codes = scratch, scales = codes + static_cast<Address>(m * panels.k);
-  const Address low_rank = scales + static_cast<Address>(panels.scale_bytes(m, mode));
-  const Address rest = low_rank + static_cast<Address>(m * panels.rank * 4);
-  const int64_t left = scratch_bytes - static_cast<int64_t>(rest - scratch);
-  const Status status =
-      quantize_act(isa, panels, buffer, x, x_dtype, x_stride, m, mode, codes, scales, low_rank, threads);
-  if (status) return status;
-  return linear(isa, panels, buffer, codes, scales, low_rank, m, mode, y, y_dtype, rest, left, threads);
+  const Weight w = panels.weight(buffer);
+  int8_t* codes = at<int8_t>(scratch);
+  float* scales = reinterpret_cast<float*>(codes + m * w.k);
+  float* low_rank = scales + panels.scale_bytes(m, mode) / 4;
+  uint8_t* rest = reinterpret_cast<uint8_t*>(low_rank + m * w.rank);
+  const int64_t left = scratch_bytes - (rest - at<uint8_t>(scratch));
+  const QuantizeAct tokens{&w, at<const void>(x), m, x_stride, DType(x_dtype), ActMode(mode), codes, scales, low_rank};
+  const Linear p{&w, codes, scales, low_rank, m, ActMode(mode), at<void>(y), DType(y_dtype)};
+  return run_svdq_linear(isa_table()[isa], tokens, p, threads, rest, left);
 }
 
 Status awq_linear(int isa, int64_t n, int64_t k, int scale_dtype, Address buffer, std::array<int64_t, 4> offsets,

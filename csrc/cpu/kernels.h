@@ -42,6 +42,8 @@ void parallel_for(int threads, int64_t chunks, void (*fn)(void* context, int64_t
 
 Status run_quantize_act(const Isa&, const QuantizeAct&, int threads);
 Status run_linear(const Isa&, const Linear&, int threads, uint8_t* scratch, int64_t scratch_bytes);
+Status run_svdq_linear(const Isa&, const QuantizeAct& tokens, const Linear&, int threads, uint8_t* scratch,
+                       int64_t scratch_bytes);  // the two above, where `tokens` writes what the linear reads
 Status run_awq_linear(const Isa&, const AwqLinear&, int threads);
 
 }  // namespace nibble

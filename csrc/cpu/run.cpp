@@ -35,6 +35,7 @@ Grid choose_grid(const Kernels& kernels, int64_t rows, int64_t panels, int threa
 struct LinearJob {
   const Isa* isa;
   const Linear* p;
+  const QuantizeAct* tokens;  // to be quantized first, by the part that multiplies them; or null
   Grid grid;
   uint8_t* scratch;
 };
@@ -46,7 +47,18 @@ void linear_part(void* context, int64_t part) {
   const Range rows{m * i / job.grid.row_parts, m * (i + 1) / job.grid.row_parts};
   const Range columns{panels * j / job.grid.panel_parts, panels * (j + 1) / job.grid.panel_parts};
   uint8_t* scratch = job.scratch + part * job.isa->kernels.scratch_bytes(*job.p->w, m);
+  if (job.tokens) job.isa->kernels.quantize_act(*job.tokens, rows);
   job.isa->kernels.linear(*job.p, rows, columns, scratch);
+}
+
+LinearJob plan(const Isa& isa, const Linear& p, int threads, uint8_t* scratch) {
+  const double work = static_cast<double>(p.m) * static_cast<double>(p.w->k * p.w->n);
+  const Grid grid = choose_grid(isa.kernels, p.m, ceil_div(p.w->n, kPanel), useful_threads(threads, work));
+  return {&isa, &p, nullptr, grid, scratch};
+}
+
+void run(LinearJob job, int threads) {
+  parallel_for(threads, job.grid.row_parts * job.grid.panel_parts, linear_part, &job);
 }
 
 template <class Params>
@@ -80,10 +92,21 @@ Status run_quantize_act(const Isa& isa, const QuantizeAct& p, int threads) {
 Status run_linear(const Isa& isa, const Linear& p, int threads, uint8_t* scratch, int64_t scratch_bytes) {
   if (!isa.runs) return isa.why;
   if (scratch_bytes < threads * isa.kernels.scratch_bytes(*p.w, p.m)) return "the scratch memory is too small";
-  const double work = static_cast<double>(p.m) * static_cast<double>(p.w->k * p.w->n);
-  const int64_t panels = ceil_div(p.w->n, kPanel);
-  LinearJob job{&isa, &p, choose_grid(isa.kernels, p.m, panels, useful_threads(threads, work)), scratch};
-  parallel_for(threads, job.grid.row_parts * job.grid.panel_parts, linear_part, &job);
+  run(plan(isa, p, threads, scratch), threads);
+  return nullptr;
+}
+
+Status run_svdq_linear(const Isa& isa, const QuantizeAct& tokens, const Linear& p, int threads, uint8_t* scratch,
+                       int64_t scratch_bytes) {
+  if (!isa.runs) return isa.why;
+  LinearJob job = plan(isa, p, threads, scratch);
+  if (job.grid.panel_parts > 1) {  // parts share tokens
+    run_quantize_act(isa, tokens, threads);
+    return run_linear(isa, p, threads, scratch, scratch_bytes);
+  }
+  if (scratch_bytes < threads * isa.kernels.scratch_bytes(*p.w, p.m)) return "the scratch memory is too small";
+  job.tokens = &tokens;  // one round of threads instead of two, and the codes are still in their caches
+  run(job, threads);
   return nullptr;
 }
 
