@@ -14,6 +14,13 @@ from typing import Any
 
 __all__ = ["examine", "main"]
 
+_ABOUT = {
+    "amx": "8-bit matrix tiles (AMX-INT8)",
+    "avx512": "AVX-512 with VNNI dot products",
+    "avx2": "AVX2",
+    "scalar": "compiled, without vector instructions",
+    "reference": "plain torch: right everywhere, slow",
+}
 _PACKAGES = ("torch", "diffusers", "transformers", "gradio", "safetensors")
 
 
@@ -56,7 +63,10 @@ def _device(device: Any, backends: Any) -> dict[str, Any]:
         }
     else:
         report["threads"] = torch.get_num_threads()
-    report["backends"] = [{"name": row.name, "runs": row.runs, "why": row.why} for row in backends.table(device)]
+    report["backends"] = [
+        {"name": row.name, "runs": row.runs, "why": row.why or _ABOUT.get(row.name, "")}
+        for row in backends.table(device)
+    ]
     try:
         with warnings.catch_warnings():
             # Falling back to the reference warns whoever runs a model; here it is what the report is about.
@@ -126,8 +136,13 @@ def _print(report: dict[str, Any]) -> None:
     print("\nmodels on this machine:")
     for model in report["models"]:
         have = [precision for precision, here in model["on_this_machine"].items() if here]
-        state = ", ".join(have) if have else f"not here; about {model['download_gib']:g} GiB from {model['source']}"
-        print(f"  {model['name']:<16} {state}")
+        print(f"  {model['name']:<16} {', '.join(have) or _absent(model)}")
+
+
+def _absent(model: dict[str, Any]) -> str:
+    if Path(model["source"]).is_absolute():
+        return "not in this checkout; zoo/README.md tells how it is trained"
+    return f"not here; about {model['download_gib']:g} GiB from {model['source']}"
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def _tiny() -> ModelSpec:
         source=str(zoo / "flux-tiny"),
         checkpoints={"int4": str(zoo / "flux-tiny-int4")},
         steps=Range(12, 1, 50),
-        guidance=Range(3.0, 1.0, 6.0, 0.1),
+        guidance=Range(4.5, 1.0, 6.0, 0.1),
         size=Range(256, 128, 512, 16),
         max_sequence_length=64,
         licence="Apache-2.0",

@@ -24,7 +24,7 @@ def bf16_transformer(spec: ModelSpec, device: torch.device) -> Any:
     """Load the 16-bit transformer of `spec` onto `device`."""
     transformer_class = family(spec.family).transformer_class
     with _explained(spec):
-        model = transformer_class.from_pretrained(spec.source, subfolder="transformer", torch_dtype=DTYPE)
+        model = transformer_class.from_pretrained(spec.source, subfolder="transformer", dtype=DTYPE)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -52,7 +52,7 @@ def pipeline(spec: ModelSpec, transformer: Any, device: torch.device, share: Any
         pipe = pipeline_class(**parts)
     else:
         with _explained(spec):
-            pipe = pipeline_class.from_pretrained(spec.source, transformer=transformer, torch_dtype=DTYPE)
+            pipe = pipeline_class.from_pretrained(spec.source, transformer=transformer, dtype=DTYPE)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module) and part is not transformer:
                 part.to(device).eval().requires_grad_(False)

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m engine.quantize",
-        description="Make a 4-bit SVDQuant checkpoint of a model: smoothing, a 16-bit low-rank branch, the rest rounded.",
+        description="Make a 4-bit SVDQuant checkpoint of a model: smoothing, a low-rank branch, the rest rounded.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
