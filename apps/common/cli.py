@@ -166,11 +166,22 @@ def _loader(args: argparse.Namespace) -> Callable[..., Any]:
         # Imported in the loading thread: the page is up while torch and diffusers still come in.
         from engine.generate import Engine
 
+        _hush()
         return Engine.load(
             spec, precision, device=args.device, activation=args.activation, share=share, progress=progress
         )
 
     return load
+
+
+def _hush() -> None:
+    """Keep the libraries' bars and notes out of the terminal; the page shows how loading goes."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def launch(studio: Studio, **options: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,10 @@ from apps.common.trouble import sentence
 from engine import Cancelled, Request, Result, Step
 
 __all__ = ["Began", "Desk", "Event", "Failed", "Finished", "Job", "Loads", "Stepped", "Stopped", "events"]
+
+# Seconds between two reports of progress. Each costs the page some processor time, which on a small machine is time
+# taken from the run being measured.
+STEP_INTERVAL = 0.2
 
 log = logging.getLogger("nibble")
 
@@ -120,9 +124,7 @@ def _one(pool: Pool, job: Job, precision: str, feed: _Feed) -> Event:
             if engine is None or job.stop.is_set():
                 return Stopped(precision)
             feed.put(Began(precision))
-            result = engine.run(
-                job.request, on_step=lambda step: feed.put(Stepped(precision, step)), should_stop=job.stop.is_set
-            )
+            result = engine.run(job.request, on_step=_reporter(precision, feed), should_stop=job.stop.is_set)
         return Finished(precision, result)
     except Cancelled:
         return Stopped(precision)
@@ -131,6 +133,19 @@ def _one(pool: Pool, job: Job, precision: str, feed: _Feed) -> Event:
     except Exception as error:
         log.exception("the run in %s failed", precision)
         return Failed(precision, sentence(error))
+
+
+def _reporter(precision: str, feed: _Feed) -> Callable[[Step], None]:
+    """A listener to steps that passes on no more than a page can use."""
+    last = -STEP_INTERVAL
+
+    def report(step: Step) -> None:
+        nonlocal last
+        if step.seconds - last >= STEP_INTERVAL:
+            last = step.seconds
+            feed.put(Stepped(precision, step))
+
+    return report
 
 
 class Desk:

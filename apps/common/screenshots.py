@@ -70,7 +70,9 @@ def shoot(browser: Browser, url: str, out: Path, prompt: str, seed: int) -> list
         paint(page, prompt, seed)
         page.mouse.move(0, 0)
         page.evaluate("window.scrollTo(0, 0)")
-        page.wait_for_load_state("networkidle")
+        # Pictures below the fold load when they are scrolled to; the screenshot does not scroll.
+        page.evaluate("for (const image of document.images) image.loading = 'eager'")
+        page.wait_for_function("[...document.images].every(image => image.complete)")
         paths.append(out / f"{name}.png")
         page.screenshot(path=paths[-1], full_page=True, animations="disabled")
         context.close()
@@ -90,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("flags", nargs="*", help="flags of the app itself, after --")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
     chromium = find_chromium()
     if chromium is None:
         parser.error("no Chromium found; install one, or name it in the environment variable CHROMIUM")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from apps.common import cli
+from apps.common import cli, runner
 from apps.common.studio import Studio
 from apps.flux_t2i.run import APP
 from tests.apps.fake import FakeEngine, loader
@@ -88,6 +88,12 @@ def collected() -> Iterator[None]:
     """What a module of these tests drops is collected with it, not during somebody else's test."""
     yield
     gc.collect()
+
+
+@pytest.fixture
+def every_step(monkeypatch) -> None:
+    """Progress is reported at each step, however fast."""
+    monkeypatch.setattr(runner, "STEP_INTERVAL", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def test_a_visitor_gets_two_pictures_and_compares_them(browser, page):
             assert {"Time", "A step", "Peak memory", "Model size"} <= set(
                 text(tab, f"#nb-figures-{precision}").split("\n")
             )
-        assert "faster" in text(tab, "#nb-figures-int4")
+        assert "2.00× faster" in text(tab, "#nb-figures-int4")
         assert "3.5× smaller" in text(tab, "#nb-figures-int4")
         assert re.search(r"PSNR\n+\d+\.\d dB", text(tab, "#nb-scores"))
         move_the_slider(tab)
@@ -128,7 +128,7 @@ def test_empty_and_refused_prompts_are_answered_in_words(browser, page):
         assert text(tab, "#nb-message") == ""
 
 
-def test_stop_really_stops(browser):
+def test_stop_really_stops(browser, every_step):
     with serving(gated=True) as served, visit(browser, served.url) as tab:
         tab.locator("#nb-prompt textarea").fill("a red cube")
         tab.locator("#nb-generate").click()
@@ -145,7 +145,7 @@ def test_stop_really_stops(browser):
         screenshots.paint(tab, "a red cube", 7, 60)
 
 
-def test_leaving_the_page_stops_its_run(browser):
+def test_leaving_the_page_stops_its_run(browser, every_step):
     with serving(gated=True) as served:
         with visit(browser, served.url) as tab:
             tab.locator("#nb-prompt textarea").fill("a red cube")

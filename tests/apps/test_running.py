@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -101,7 +102,7 @@ def test_the_first_click_waits_for_the_load():
     assert [type(event) for event in events if not isinstance(event, Stepped)] == [Began, Finished]
 
 
-def test_stop_ends_the_run_at_the_next_step_and_skips_the_rest(make_studio):
+def test_stop_ends_the_run_at_the_next_step_and_skips_the_rest(make_studio, every_step):
     made = make_studio(gated=True)
     work = job(made.studio, steps=20)
     seen = []
@@ -116,7 +117,7 @@ def test_stop_ends_the_run_at_the_next_step_and_skips_the_rest(make_studio):
     assert made.engines["int4"].runs == []
 
 
-def test_a_reader_that_leaves_stops_the_run(make_studio):
+def test_a_reader_that_leaves_stops_the_run(make_studio, every_step):
     made = make_studio(gated=True)
     work = job(made.studio, steps=20)
     events = runner.events(made.studio.pool, work)
@@ -140,7 +141,16 @@ def test_an_engine_that_breaks_gives_one_sentence(make_studio, caplog):
     assert "fell over" in caplog.text
 
 
-def test_unread_steps_give_way_to_newer_ones(make_studio):
+def test_progress_is_reported_no_oftener_than_the_page_can_use(make_studio):
+    studio = make_studio("--precisions", "int4").studio
+    seen = [e.step for e in runner.events(studio.pool, job(studio, steps=50)) if isinstance(e, Stepped)]
+    gaps = [after.seconds - before.seconds for before, after in itertools.pairwise(seen)]
+    assert seen[0].index == 1
+    assert gaps
+    assert min(gaps) >= runner.STEP_INTERVAL
+
+
+def test_unread_steps_give_way_to_newer_ones(make_studio, every_step):
     made = make_studio("--precisions", "int4", gated=True)
     made.gate.release(50)
     events = runner.events(made.studio.pool, job(made.studio, steps=30))
