@@ -6,6 +6,8 @@ states as the sequence, CLIP's state at the end token as the pooled vector.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections.abc import Callable
 
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zoo.train import flow
+from zoo.train import flow, replay
 from zoo.train.captions import LABELS
 from zoo.train.dist import World
 from zoo.train.graph import autocast, compiled
@@ -21,6 +23,7 @@ from zoo.train.log import Log, Meter
 from zoo.train.models import Parts
 from zoo.train.optim import Clock, Ema, FlatModel
 from zoo.train.pool import Pool
+from zoo.train.replay import Tensors
 
 
 class Text(nn.Module):
@@ -76,6 +79,11 @@ def blocks(transformer: nn.Module) -> list[nn.Module]:
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
+def layers(text: nn.Module) -> list[nn.Module]:
+    """The repeated layers of both text encoders, to compile."""
+    return [module for module in text.modules() if type(module).__name__ in ("CLIPEncoderLayer", "T5Block")]
+
+
 class Batches:
     """Draws training batches of one process from its pool."""
 
@@ -110,41 +118,79 @@ def train(joint: Joint, pool: Pool, valid: Pool, empty: tuple, config: dict, wor
         Ema(model, config["ema_exponent"]),
         Clock(world, deadline, warmup=config["warmup"], max_steps=max_steps),
     )
-    draw = Batches(pool, config["batch"], empty, world, seed, config["drop"])
-    meter = meter_for(log, "flow", joint, pool, config["batch"], world, passes=3.0)
-    ones = torch.ones(config["batch"], device=world.device)
+    n = config["batch"]
+    draw = Batches(pool, n, empty, world, seed, config["drop"])
+    meter = meter_for(log, "flow", joint, pool, n, world, passes=3.0)
+    ones = torch.ones(n, device=world.device)
 
-    def work() -> dict[str, torch.Tensor]:
+    def inputs() -> dict[str, torch.Tensor]:
         b = draw()
-        sigmas = flow.sample_sigmas(config["batch"], config["mu"], draw.generator)
+        sigmas = flow.sample_sigmas(n, config["mu"], draw.generator)
         x, target = flow.interpolate(b["x0"], b["noise"], sigmas)
+        weight = torch.full((), config["text_weight"] * (1.0 - clock.progress), device=world.device)
+        texts = {name: b[name] for name in ("clip", "t5", "labels")}
+        return {"x": x, "target": target, "sigmas": sigmas, "weight": weight, **texts}
+
+    def work(b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with autocast(world):
             states, pooled = joint.text(b["clip"], b["t5"])
-            loss = flow.velocity_loss(joint.velocity(x, sigmas, states, pooled, ones), target)
+            loss = flow.velocity_loss(joint.velocity(b["x"], b["sigmas"], states, pooled, ones), b["target"])
             text = joint.text.label_loss(states, pooled, b["t5"], b["labels"])
-        (loss + config["text_weight"] * (1.0 - clock.progress) * text).backward()
+        (loss + b["weight"] * text).backward()
         return {"loss": loss.detach(), "text": text.detach()}
 
-    save_every = Every(config["save_seconds"])
-    with compiled(blocks(joint.transformer), config["compile"]) as attempt:
-        running = True
-        while running:
-            model.zero_grad()
-            terms = attempt(work, model.zero_grad)
-            norm = model.step(clock.factor)
-            ema.update()
-            meter.add(**terms, norm=norm)
-            running = clock.tick()
-            meter.report(force=not running, lr=round(config["lr"] * clock.factor, 7), progress=round(clock.progress, 3))
-            if world.chief and running and save_every():
-                with ema.swapped():
-                    log("flow", valid=validate(joint, valid, config, world))
-                    save()
-    model.flat.copy_(ema.flat)
-    model.broadcast()
+    def check() -> None:
+        log("flow", valid=validate(joint, valid, config, world))
+
+    loop(Stage("flow", model, ema, clock, meter, config, world, save), inputs, work,
+         blocks(joint.transformer) + layers(joint.text), check)  # fmt: skip
     joint.eval()
     if world.chief:
-        log("flow", valid=validate(joint, valid, config, world))
+        check()
+
+
+@dataclasses.dataclass
+class Stage:
+    """What a training loop works with."""
+
+    name: str
+    model: FlatModel
+    ema: Ema
+    clock: Clock
+    meter: Meter
+    config: dict
+    world: World
+    save: Callable[[], None]
+
+
+def loop(stage: Stage, inputs: Callable[[], Tensors], work: Callable[[Tensors], Tensors], modules: list[nn.Module],
+         check: Callable[[], None]) -> None:  # fmt: skip
+    """Train until the clock says stop: `inputs` draws a batch, `work` adds its gradient; `modules` get compiled.
+
+    The model ends up with the averaged weights. Now and then the chief calls `check` and saves, with them in place.
+    """
+    model, ema, clock, config, world = stage.model, stage.ema, stage.clock, stage.config, stage.world
+    save_every = Every(config["save_seconds"])
+    with replay.own_stream(world), compiled(modules, config["compile"]) as attempt:
+        step = replay.Replayed(work, model.grad, config["capture"] and world.cuda)
+        running = True
+        while running:
+            batch = inputs()
+            terms = attempt(lambda batch=batch: step(batch), model.zero_grad)
+            norm = model.step(clock.factor)
+            ema.update()
+            stage.meter.add(**terms, norm=norm)
+            running = clock.tick()
+            rate, progress = round(config["lr"] * clock.factor, 7), round(clock.progress, 3)
+            means = stage.meter.report(force=not running, lr=rate, progress=progress, recorded=int(step.active))
+            if step.active and not math.isfinite(means.get("loss", 0.0)):
+                step.release("the loss is not finite")
+            if world.chief and running and save_every():
+                with ema.swapped():
+                    check()
+                    stage.save()
+        model.flat.copy_(ema.flat)
+        model.broadcast()
 
 
 class Every:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 
 from zoo.train import flow
-from zoo.train.denoiser import Batches, Every, Joint, blocks, meter_for, validate
+from zoo.train.denoiser import Batches, Joint, Stage, blocks, layers, loop, meter_for, validate
 from zoo.train.dist import World
-from zoo.train.graph import autocast, compiled
+from zoo.train.graph import autocast
 from zoo.train.log import Log
 from zoo.train.optim import Clock, Ema, FlatModel
 from zoo.train.pool import Pool
@@ -45,11 +45,15 @@ def train(joint: Joint, pool: Pool, valid: Pool, empty: tuple, config: dict, wor
     with torch.no_grad(), autocast(world):
         nothing = joint.text(*(ids.to(world.device)[None].long() for ids in empty))
 
-    def work() -> dict[str, torch.Tensor]:
+    def inputs() -> dict[str, torch.Tensor]:
         b = draw()
         sigmas = flow.sample_sigmas(n, config["mu"], draw.generator, uniform=0.2)
         scales = guidance_scales(n, *config["guidance"], draw.generator)
         x, _ = flow.interpolate(b["x0"], b["noise"], sigmas)
+        return {"x": x, "sigmas": sigmas, "scales": scales, "clip": b["clip"], "t5": b["t5"]}
+
+    def work(b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        x, sigmas, scales = b["x"], b["sigmas"], b["scales"]
         with autocast(world):
             with torch.no_grad():
                 said = joint.text(b["clip"], b["t5"])
@@ -61,22 +65,8 @@ def train(joint: Joint, pool: Pool, valid: Pool, empty: tuple, config: dict, wor
         loss.backward()
         return {"loss": loss.detach()}
 
-    save_every = Every(config["save_seconds"])
-    with compiled(blocks(joint.transformer) + blocks(teacher), config["compile"]) as attempt:
-        running = True
-        while running:
-            model.zero_grad()
-            terms = attempt(work, model.zero_grad)
-            norm = model.step(clock.factor)
-            ema.update()
-            meter.add(**terms, norm=norm)
-            running = clock.tick()
-            meter.report(force=not running, lr=round(config["lr"] * clock.factor, 7), progress=round(clock.progress, 3))
-            if world.chief and running and save_every():
-                with ema.swapped():
-                    save()
-    model.flat.copy_(ema.flat)
-    model.broadcast()
+    loop(Stage("distill", model, ema, clock, meter, config, world, save), inputs, work,
+         blocks(joint.transformer) + blocks(teacher) + layers(joint.text), lambda: None)  # fmt: skip
     joint.eval()
     joint.text.requires_grad_(True)
     if world.chief:

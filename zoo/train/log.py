@@ -44,10 +44,13 @@ class Meter:
             value = value.detach() if hasattr(value, "detach") else value
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def report(self, force: bool = False, **extra: object) -> None:
-        """Log if `every` seconds have passed since the last line. Waits for the device when it does."""
+    def report(self, force: bool = False, **extra: object) -> dict[str, float]:
+        """Log if `every` seconds have passed since the last line, and return the means; else nothing.
+
+        Waits for the device when it does.
+        """
         if not self.count or not (force or time.time() - self.last >= self.every):
-            return
+            return {}
         means = {name: round(float(value) / self.count, 6) for name, value in self.sums.items()}
         pace = self.count / max(1e-9, time.time() - self.last)
         speed = {"it_s": round(pace, 2), "pic_s": round(pace * self.pictures, 1)}
@@ -55,6 +58,7 @@ class Meter:
             speed["mfu"] = round(pace * self.pictures * self.flops / self.peak, 4)
         self.log(self.stage, step=self.step, **means, **speed, **extra)
         self.sums, self.count, self.last = {}, 0, time.time()
+        return means
 
 
 def read(path: Path) -> list[dict]:
