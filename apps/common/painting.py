@@ -10,7 +10,7 @@ import gradio as gr
 
 from apps.common import columns, comparison, history, panels
 from apps.common.comparison import Shot
-from apps.common.runner import Began, Event, Failed, Finished, Job, Loads, Stepped, Stopped, events
+from apps.common.runner import Began, Event, Failed, Finished, Job, Loads, Stepped, Stopped, Unloaded, events
 from apps.common.studio import Studio
 from engine import RequestError
 
@@ -179,6 +179,8 @@ def _head(event: Event) -> str:
         return columns.step_status(event.precision, event.step)
     if isinstance(event, Stopped):
         return columns.status(event.precision, "stopped", "Stopped")
+    if isinstance(event, Unloaded):
+        return columns.status(event.precision, "failed", "Not loaded; the reason stands at the top of the page.")
     if isinstance(event, Failed):
         return columns.status(event.precision, "failed", event.text)
     raise TypeError(f"no words for {type(event).__name__}")

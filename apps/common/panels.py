@@ -47,7 +47,7 @@ def header(app: App) -> str:
 def banner(choice: Choice, pool: Pool, app: App) -> str:
     """Which model, device and kernels are in use and why, how loading stands, and how to get the large models."""
     engines = pool.engines()
-    device = next((_device(engine) for engine in engines), "starting")
+    device = next((_device(engine) for engine in engines), "none in use" if pool.settled else "starting")
     kernels = next((engine for engine in engines if engine.precision != "bf16"), next(iter(engines), None))
     facts = {"Model": choice.spec.title, "Device": device}
     if kernels is not None:
@@ -71,9 +71,11 @@ def _device(engine: object) -> str:
 
 def _loading(pool: Pool) -> str:
     states = {precision: pool.state(precision) for precision in pool.precisions}
-    failed = [f"{precision.upper()}: {state.text}" for precision, state in states.items() if state.state == "failed"]
+    failed = {precision.upper(): state.text for precision, state in states.items() if state.state == "failed"}
     if failed:
-        return f'<p class="nb-load nb-load-failed" role="alert"><i></i>{escape(" ".join(failed))}</p>'
+        # One cause mostly stops them all; the first reason says what to do.
+        text = f"{' and '.join(failed)} could not be loaded. {next(iter(failed.values()))}"
+        return f'<p class="nb-load nb-load-failed" role="alert"><i></i>{escape(text)}</p>'
     busy = next((state.text for state in states.values() if state.state == "loading"), None)
     if not pool.settled:
         text = busy or "getting ready"

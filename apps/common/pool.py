@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apps.common.trouble import sentence
+from engine import EngineError
 from engine.models.catalogue import ModelSpec
 
 __all__ = ["LoadFailed", "Loading", "Pool"]
@@ -87,7 +88,11 @@ class Pool:
                     self.spec, precision, share, lambda text, p=precision: self._set(p, Loading("loading", text))
                 )
             except Exception as error:
-                log.exception("loading %s of %s failed", precision, self.spec.name)
+                # An error raised on purpose says all there is to say; any other needs its traceback.
+                log.error(
+                    "%s of %s was not loaded: %s", precision, self.spec.name, sentence(error),
+                    exc_info=None if isinstance(error, EngineError) else error,
+                )  # fmt: skip
                 self._set(precision, Loading("failed", sentence(error)))
             else:
                 self._engines[precision] = engine

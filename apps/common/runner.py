@@ -16,7 +16,7 @@ from apps.common.pool import LoadFailed, Pool
 from apps.common.trouble import sentence
 from engine import Cancelled, Request, Result, Step
 
-__all__ = ["Began", "Desk", "Event", "Failed", "Finished", "Job", "Loads", "Stepped", "Stopped", "events"]
+__all__ = ["Began", "Desk", "Event", "Failed", "Finished", "Job", "Loads", "Stepped", "Stopped", "Unloaded", "events"]
 
 # Seconds between two reports of progress. Each costs the page some processor time, which on a small machine is time
 # taken from the run being measured.
@@ -63,6 +63,10 @@ class Failed(Event):
     """It failed; `text` is one sentence."""
 
     text: str
+
+
+class Unloaded(Failed):
+    """Its engine could not be loaded, which the page says at its top."""
 
 
 @dataclass
@@ -129,7 +133,7 @@ def _one(pool: Pool, job: Job, precision: str, feed: _Feed) -> Event:
     except Cancelled:
         return Stopped(precision)
     except LoadFailed as error:
-        return Failed(precision, str(error))
+        return Unloaded(precision, str(error))
     except Exception as error:
         log.exception("the run in %s failed", precision)
         return Failed(precision, sentence(error))

@@ -10,9 +10,11 @@ from typing import Any
 import gradio as gr
 import pytest
 
-from apps.common import history, painting, recalling, runner, shell
+from apps.common import history, painting, panels, recalling, runner, shell
+from apps.common.models import Choice
 from apps.common.pool import LoadFailed, Pool
-from apps.common.runner import Began, Desk, Failed, Finished, Job, Loads, Stepped, Stopped
+from apps.common.runner import Began, Desk, Failed, Finished, Job, Loads, Stepped, Stopped, Unloaded
+from apps.flux_t2i.run import APP
 from engine import ModelError, Request
 from engine.models import catalogue
 from tests.apps.fake import FakeEngine
@@ -66,9 +68,21 @@ def test_a_failed_load_is_told_and_the_other_precision_still_runs():
     pool.start()
     request = Request("a red cube", steps=2)
     seen = kinds(runner.events(pool, Job(request, pool.precisions, {})))
-    assert (Failed, "bf16") in seen
+    assert (Unloaded, "bf16") in seen
     assert (Finished, "int4") in seen
     assert pool.state("bf16").text == "model: the weights are not here; do this"
+
+
+def test_the_page_says_why_nothing_could_be_loaded(caplog):
+    def load(spec, precision, share, progress):
+        raise ModelError("model: the weights are not here; do this")
+
+    pool = Pool(TINY, ("bf16", "int4"), load)
+    pool.start()
+    wait_settled(pool)
+    said = panels.banner(Choice(TINY, "because"), pool, APP)
+    assert "BF16 and INT4 could not be loaded. model: the weights are not here; do this" in said
+    assert "Traceback" not in caplog.text
 
 
 def test_columns_come_in_the_order_of_the_precisions(make_studio):
