@@ -42,6 +42,7 @@ class Tuned(nn.Module):
         targets = tuple(config["lora"].get("targets", lora.TARGETS))
         self.names = lora.inject(self.parts.transformer, config["lora"]["rank"], in_channels, read, targets)
         self.to(world.device)
+        self.parts.to(world.device)  # the autoencoder is no part of `joint`
         clip, t5 = vocab.encoders(base, config["pool"]["length"])
         self.empty = [torch.from_numpy(encoder([""])).long().to(world.device) for encoder in (clip, t5)]
 

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from zoo.scenes.sheet import contact_sheet
 from zoo.train import adapt, dist, edges, lora, models, supply
 from zoo.train.flux_tiny import read_config
-from zoo.train.log import Log, plot
+from zoo.train.log import Log, plot, unless_it_fails
 from zoo.train.maps import MAPS, THRESHOLDS
 
 CONFIG = Path(__file__).parents[1] / "configs" / "control_tiny.json"
@@ -150,7 +150,7 @@ def tune(run: Run, kind: str, cases: Cases, valid: Cases, deadline: float) -> No
                 lambda: lora.save(transformer, folder, about), run.args.max_steps)  # fmt: skip
     if world.chief:
         log(kind, bytes=lora.save(transformer, folder, about))
-        sheet(run, tuned, kind, valid)
+        unless_it_fails(log, f"{kind} sheet", lambda: sheet(run, tuned, kind, valid))
     world.barrier()
 
 
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         for left, kind in zip(range(len(args.kind), 0, -1), args.kind, strict=True):
             tune(run, kind, cases, valid, run.after((end - time.time()) / left))
         if world.chief:
-            plot(run.log.path, args.out / "logs" / "curves.png")
+            unless_it_fails(run.log, "curves", lambda: plot(run.log.path, args.out / "logs" / "curves.png"))
             run.log("done", minutes=round((time.time() - run.began) / 60, 2))
     finally:
         run.world.close()

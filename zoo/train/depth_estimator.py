@@ -26,7 +26,7 @@ from zoo.train import dist, supply, vocab
 from zoo.train.control import Run, shared_arguments, start
 from zoo.train.disguise import disguise, move
 from zoo.train.graph import autocast, compiled
-from zoo.train.log import Meter, plot
+from zoo.train.log import Meter, plot, unless_it_fails
 from zoo.train.maps import inverse_depth, rank_correlation, stretch, to_bytes
 from zoo.train.optim import Clock, Ema, FlatModel
 
@@ -233,8 +233,8 @@ def main(argv: list[str] | None = None) -> None:
         if run.world.chief:
             run.log("depth", **validate(model, valid, run.world))
             save(model, run)
-            sheet(run, model, valid)
-            plot(run.log.path, args.out / "logs" / "curves.png")
+            unless_it_fails(run.log, "sheet", lambda: sheet(run, model, valid))
+            unless_it_fails(run.log, "curves", lambda: plot(run.log.path, args.out / "logs" / "curves.png"))
             run.log("done", minutes=round((time.time() - run.began) / 60, 2))
     finally:
         run.world.close()

@@ -51,6 +51,11 @@ class World:
             dist.destroy_process_group()
 
 
+def cores() -> int:
+    """Processor cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+
+
 def start(device: str = "auto") -> World:
     """Read torchrun's variables, choose the device, join the others.
 
@@ -59,7 +64,7 @@ def start(device: str = "auto") -> World:
     for name, value in (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")):
         os.environ.setdefault(name, value)
     peers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(16, (os.cpu_count() or 2) // peers // 2))))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(16, cores() // peers // 2))))
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":

@@ -22,7 +22,7 @@ from zoo.scenes import Rendered
 from zoo.scenes.sheet import contact_sheet
 from zoo.train import adapt, dist, hole_texts, holes, lora, models, supply, vocab
 from zoo.train.control import Run, shared_arguments, start
-from zoo.train.log import Log, plot
+from zoo.train.log import Log, plot, unless_it_fails
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fill_tiny.json"
 IN_CHANNELS = 384  # packed latents of the picture, of the picture with its hole, and the mask's 256 pixels a token
@@ -189,7 +189,7 @@ def tune(run: Run, cases: Cases, valid: Cases) -> None:
     adapt.train(tuned, cases, valid, run.config["train"], world, log, "fill", end, args.seed, save, args.max_steps)
     if world.chief:
         log("fill", bytes=save())
-        sheet(run, tuned, valid)
+        unless_it_fails(log, "sheet", lambda: sheet(run, tuned, valid))
     world.barrier()
 
 
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         tune(run, *prepare(run))
         if run.world.chief:
-            plot(run.log.path, args.out / "logs" / "curves.png")
+            unless_it_fails(run.log, "curves", lambda: plot(run.log.path, args.out / "logs" / "curves.png"))
             run.log("done", minutes=round((time.time() - run.began) / 60, 2))
     finally:
         run.world.close()

@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +22,7 @@ from diffusers import AutoencoderKL
 
 from zoo import scenes
 from zoo.train import captions, denoiser, dist, distill, models, pool, samples, vae, vocab
-from zoo.train.log import Log, plot
+from zoo.train.log import Log, plot, unless_it_fails
 
 CONFIG = Path(__file__).parents[1] / "configs" / "flux_tiny.json"
 
@@ -101,7 +99,7 @@ class Run:
 def workers(run: Run, split: str, pictures: int, scratch: Path) -> captions.Workers:
     """Start the processes that draw scenes and write captions for this process's part of a split."""
     world, config = run.world, run.config["pool"]
-    share = max(1, (os.cpu_count() or 2) // world.size - 2)
+    share = max(1, dist.cores() // world.size - 2)
     chunk = min(config["chunk"], pictures)
     return captions.Workers(
         scratch / split, chunks=-(-pictures // chunk), chunk=chunk, seed=run.args.seed, split=split,
@@ -116,6 +114,7 @@ def render(run: Run) -> tuple[pool.Pool, pool.Pool]:
     deadline = time.time() + 60 * run.minutes("render")
     with tempfile.TemporaryDirectory(prefix=f"captions-{run.world.rank}-") as scratch:
         texts = {split: workers(run, split, count, Path(scratch)) for split, count in sizes.items()}
+        pool.warm_up(run.config["pool"], run.world)
         valid, data = (pool.build(run.config["pool"], run.world, run.log, deadline, made) for made in texts.values())
     run.log("render", pictures=len(data), valid=len(valid))
     return data, valid
@@ -134,20 +133,12 @@ def prepare(run: Run) -> tuple[pool.Pool, pool.Pool]:
         run.log("vae", scaling_factor=scale, shift_factor=shift)
     if world.chief:
         run.log("vae", **vae.validate(run.parts.vae, valid.images, world))
-        unless_it_fails(run, "reconstructions", lambda: _reconstructions(run, valid))
+        unless_it_fails(run.log, "reconstructions", lambda: _reconstructions(run, valid))
         run.save()
     for each in (data, valid):
         vae.encode_pool(run.parts.vae, each, world, stage["encode_batch"])
     run.log("encode", pictures=len(data))
     return data, valid
-
-
-def unless_it_fails(run: Run, what: str, make: Callable[[], None]) -> None:
-    """Make something that training can do without: a failure is logged, not raised."""
-    try:
-        make()
-    except Exception as error:
-        run.log("warning", what=what, error=f"{type(error).__name__}: {error}")
 
 
 @torch.no_grad()
@@ -183,7 +174,7 @@ def train_flow(run: Run, data: pool.Pool, valid: pool.Pool) -> None:
             run.save()
             if stage == "flow":
                 sheet = dict(config["samples"], count=min(32, config["samples"]["count"]))
-                unless_it_fails(run, "base sheet", lambda: _sheets(run, sheet, base=True))  # noqa: B023
+                unless_it_fails(run.log, "base sheet", lambda: _sheets(run, sheet, base=True))  # noqa: B023
         world.barrier()
 
 
@@ -218,8 +209,8 @@ def main(argv: list[str] | None = None) -> None:
         data, valid = prepare(run)
         train_flow(run, data, valid)
         if run.world.chief:
-            unless_it_fails(run, "sheets", lambda: _sheets(run, run.config["samples"]))
-            unless_it_fails(run, "curves", lambda: plot(run.log.path, args.out / "logs" / "curves.png"))
+            unless_it_fails(run.log, "sheets", lambda: _sheets(run, run.config["samples"]))
+            unless_it_fails(run.log, "curves", lambda: plot(run.log.path, args.out / "logs" / "curves.png"))
             run.log("done", minutes=round((time.time() - run.began) / 60, 2))
         run.world.barrier()
     finally:

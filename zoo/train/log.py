@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PEAK_FLOPS = {"cuda": 790e12}  # bf16 matrix product measured on an H200; other devices report no utilisation
@@ -25,6 +26,14 @@ class Log:
             file.write(json.dumps(row) + "\n")
         shown = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         print(f"[{row['seconds']:7.1f}s] {stage:8s} {shown}", flush=True)
+
+
+def unless_it_fails(log: Log, what: str, make: Callable[[], object]) -> None:
+    """Make something that training can do without, a sheet say: a failure is logged, not raised."""
+    try:
+        make()
+    except Exception as error:
+        log("warning", what=what, error=f"{type(error).__name__}: {error}"[:500])
 
 
 class Meter:

@@ -46,6 +46,18 @@ def depth_picture(depth: torch.Tensor) -> torch.Tensor:
     return (((1 / depth.clamp(min=1e-3) - far) / (near - far)).clamp(0, 1) * 255).to(torch.uint8)
 
 
+def warm_up(config: dict, world: World) -> None:
+    """Compile the renderer while worker processes are still starting; a compiler that fails leaves it uncompiled."""
+    if not (config["compile"] and world.cuda):
+        return
+    try:
+        for _ in scenes.stream(scenes.sample(1, 0, "train"), config["size"], world.device, config["oversample"], True):
+            torch.cuda.synchronize()
+    except Exception as error:
+        config["compile"] = False
+        print(f"warning: rendering goes on uncompiled: {type(error).__name__}: {error}", flush=True)
+
+
 def build(config: dict, world: World, log: Log, deadline: float, workers: Workers) -> Pool:
     """Render the scenes that `workers` draw until `deadline`; at least one chunk is made.
 

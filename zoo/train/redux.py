@@ -26,7 +26,7 @@ from zoo.scenes.sheet import contact_sheet
 from zoo.train import control, flow, models, redux_cases, redux_model, redux_paint, supply, vocab
 from zoo.train.denoiser import Joint, blocks
 from zoo.train.graph import autocast, compiled
-from zoo.train.log import Log, Meter, plot
+from zoo.train.log import Log, Meter, plot, unless_it_fails
 from zoo.train.optim import Clock, Ema, FlatModel
 from zoo.train.redux_cases import Batch, Cases
 
@@ -323,8 +323,8 @@ def main(argv: list[str] | None = None) -> None:
         if world.chief:
             run.log("redux", bytes=redux_model.save(learner.redux, args.out / "model"))
             redux_model.link(args.out / "model", args.base)
-            show(run, learner.valid, run.log)
-            plot(run.log.path, args.out / "logs" / "curves.png")
+            unless_it_fails(run.log, "sheets", lambda: show(run, learner.valid, run.log))
+            unless_it_fails(run.log, "curves", lambda: plot(run.log.path, args.out / "logs" / "curves.png"))
             run.log("done", minutes=round((time.time() - run.began) / 60, 2))
         world.barrier()
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,8 +14,9 @@ from diffusers import AutoencoderKL
 
 from zoo import scenes
 from zoo.train import captions, remix, supply
-from zoo.train.dist import World
+from zoo.train.dist import World, cores
 from zoo.train.log import Log
+from zoo.train.pool import warm_up
 
 
 @dataclasses.dataclass
@@ -166,7 +166,7 @@ def _chunks(
 ) -> Iterator[tuple]:
     """Scenes of this process's part of a split, drawn by worker processes, with their labels."""
     chunk = min(config["chunk"], pictures)
-    processes = max(1, min(14, (os.cpu_count() or 2) // world.size - 1))
+    processes = max(1, min(14, cores() // world.size - 1))
     with tempfile.TemporaryDirectory(prefix=f"scenes-{world.rank}-") as scratch:
         workers = captions.Workers(
             Path(scratch),
@@ -181,6 +181,7 @@ def _chunks(
             processes=processes,
         )
         try:
+            warm_up(config, world)
             for index in range(workers.chunks):
                 made = workers.take(index, deadline if index else deadline + 120)
                 if made is None:

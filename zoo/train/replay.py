@@ -3,7 +3,7 @@
 A small model's step is hundreds of kernels that take microseconds each: launching them from Python takes longer than
 running them. `Replayed` runs the first steps as they are, then records one and replays it from there on: one launch.
 What must change from step to step travels in fixed tensors, so random numbers are drawn outside of the recording.
-The optimizer and the processes' all-reduce stay outside too: both are few launches, since everything is one flat buffer.
+The optimizer and the all-reduce stay outside too: they are few launches, since everything is one flat buffer.
 
 A recording is believed only once its gradients agree with an ordinary step's: on the batch it was made with, on the
 next one, and again later, when weights have moved. Any doubt, and training goes on without it and says so.
@@ -64,7 +64,8 @@ class Replayed:
     """
 
     def __init__(self, work: Callable[[Tensors], Tensors], grad: torch.Tensor, enabled: bool,
-                 recorder: Recorder = record, *, after: int = 5, checks: tuple[int, ...] = (0, 1, 50, 400)) -> None:  # fmt: skip
+                 recorder: Recorder = record, *, after: int = 5,
+                 checks: tuple[int, ...] = (0, 1, 50, 400)) -> None:  # fmt: skip
         self.work, self.grad, self.recorder, self.after, self.checks = work, grad, recorder, after, checks
         self.enabled, self.calls = enabled, 0
         self.inputs: Tensors = {}
@@ -116,7 +117,8 @@ class Replayed:
         except Exception as error:
             self.release(f"the check failed: {type(error).__name__}: {error}")
             return False
-        far = [name for name in wanted if not abs(results[name] - wanted[name]) <= _TOLERANCE * abs(wanted[name]) + 1e-6]
+        near = lambda a, b: abs(a - b) <= _TOLERANCE * abs(b) + 1e-6  # noqa: E731
+        far = [name for name in wanted if not near(results[name], wanted[name])]
         if gap <= _TOLERANCE and not far:  # a NaN is not <= anything
             print(f"recorded step checked: its gradient is {gap:.1e} off an ordinary one's", flush=True)
             return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -16,8 +15,9 @@ from diffusers import AutoencoderDC
 from zoo import scenes
 from zoo.train import dist, sana_flow, sana_models, sana_samples, sana_vae
 from zoo.train.flux_tiny import read_config
-from zoo.train.log import Log, plot
+from zoo.train.log import Log, plot, unless_it_fails
 from zoo.train.models import count, quiet
+from zoo.train.pool import warm_up
 from zoo.train.sana_pool import Job, Pool, Writers, build
 from zoo.train.sana_text import Encoder, build_tokenizer
 
@@ -65,7 +65,7 @@ def start(args: argparse.Namespace) -> Run:
 def draw(run: Run) -> tuple[Pool, Pool, Pool]:
     """Pools of training pictures, of training pictures at twice the size, and of held-out pictures."""
     args, world, config = run.args, run.world, run.config["pool"]
-    size, share = config["size"], max(1, (os.cpu_count() or 2) // world.size - 2)
+    size, share = config["size"], max(1, dist.cores() // world.size - 2)
     kinds = (
         ("test", config["valid"], size, 0.1),
         ("train", config["wide"], 2 * size, 0.2),
@@ -78,6 +78,7 @@ def draw(run: Run) -> tuple[Pool, Pool, Pool]:
             job = Job(args.seed * 3 + 40 + kind, split, world.rank * pictures, pictures, max(1, chunk),
                       config["captions"], run.config["length"], run.tokenizer)  # fmt: skip
             jobs.append((writers.start(job), side, config, world, run.log, 60 * part * args.minutes_render))
+        warm_up(config, world)
         pools = [build(*job) for job in jobs]
     valid, wide, data = pools
     return data, wide, valid
@@ -95,7 +96,7 @@ def autoencoder(run: Run, data: Pool, wide: Pool, valid: Pool) -> None:
         run.log("vae", scaling_factor=vae.config.scaling_factor, psnr=sana_vae.psnr(vae, valid.images, world),
                 psnr_noisy=sana_vae.psnr(vae, valid.images, world, 0.1),
                 psnr_wide=sana_vae.psnr(vae, wide.images[:64], world, size=small))  # fmt: skip
-        _reconstructions(run, valid)
+        unless_it_fails(run.log, "reconstructions", lambda: _reconstructions(run, valid))
         run.save()
     for pool, size in (
         (data, stage["encode_batch"]),
@@ -137,12 +138,9 @@ def denoiser(run: Run, data: Pool, wide: Pool, valid: Pool) -> None:
 
 
 def _sheets(now: Run) -> None:
-    """Contact sheets of the exported folder; one that fails is logged and does not end the run."""
+    """Contact sheets of the exported folder."""
     folder = now.args.out
-    try:
-        sana_samples.sheets(folder / "model", folder / "samples", now.config["samples"], now.log, now.world.device)
-    except Exception as error:
-        now.log("samples", failed=f"{type(error).__name__}: {error}"[:300])
+    sana_samples.sheets(folder / "model", folder / "samples", now.config["samples"], now.log, now.world.device)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -154,8 +152,8 @@ def run(args: argparse.Namespace) -> None:
         autoencoder(now, data, wide, valid)
         denoiser(now, data, wide, valid)
         if now.world.chief:
-            plot(now.log.path, args.out / "logs" / "curves.png")
-            _sheets(now)
+            unless_it_fails(now.log, "curves", lambda: plot(now.log.path, args.out / "logs" / "curves.png"))
+            unless_it_fails(now.log, "sheets", lambda: _sheets(now))
             now.log("done", minutes=round((time.time() - began) / 60, 2))
         now.world.barrier()
     finally:

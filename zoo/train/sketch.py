@@ -23,7 +23,7 @@ from zoo.scenes.sheet import contact_sheet
 from zoo.train import adapt, control, dist, flow, lora, models, one_step, outliner, side, strokes, supply
 from zoo.train.denoiser import blocks
 from zoo.train.graph import autocast, compiled
-from zoo.train.log import Meter, plot
+from zoo.train.log import Meter, plot, unless_it_fails
 from zoo.train.optim import Clock, Ema, FlatModel
 from zoo.train.redux_cases import on_device
 
@@ -305,8 +305,8 @@ def main(argv: list[str] | None = None) -> None:
         train(tuned, cases, valid, run, run.deadline(60 * args.minutes - run.config["reserve_seconds"]))
         if run.world.chief:
             run.log("sketch", bytes=save(tuned, args.out))
-            show(run, tuned, valid, found)
-            plot(run.log.path, args.out / "logs" / "curves.png")
+            unless_it_fails(run.log, "sheet", lambda: show(run, tuned, valid, found))
+            unless_it_fails(run.log, "curves", lambda: plot(run.log.path, args.out / "logs" / "curves.png"))
             run.log("done", minutes=round((time.time() - run.began) / 60, 2))
         run.world.barrier()
     finally:

@@ -7,7 +7,6 @@ several pictures a scene (the target and what conditions it), and the base's aut
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,10 +17,11 @@ from diffusers import AutoencoderKL
 
 from zoo import scenes
 from zoo.train.captions import Workers
-from zoo.train.dist import World
-from zoo.train.flow import pack
+from zoo.train.dist import World, cores
+from zoo.train.flow import pack, unpack
 from zoo.train.graph import autocast
 from zoo.train.log import Log
+from zoo.train.pool import warm_up
 from zoo.train.vae import moments, to_input
 
 
@@ -60,11 +60,8 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor, world: World) -> Latents:
 @torch.no_grad()
 def decode(vae: AutoencoderKL, tokens: torch.Tensor, size: int, world: World) -> torch.Tensor:
     """Pictures of packed latents: (B, N, 64) -> (B, 3, size, size) uint8."""
-    from zoo.train.flow import unpack
-
     z = unpack(tokens.float(), size // 8, size // 8) / vae.config.scaling_factor + vae.config.shift_factor
-    # Full precision: this paints a few sheets, and mixed precision failed here on a GPU (bias and input types differed).
-    with torch.autocast(world.device.type, enabled=False):
+    with torch.autocast(world.device.type, enabled=False):  # full precision: this paints a few sheets
         x = vae.float().decoder(z)
     return ((x.float().clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8)
 
@@ -86,7 +83,7 @@ def shown(config: dict, tokenizers: Path, world: World, log: Log, deadline: floa
     At least one chunk comes, whatever the deadline. The texts are written by worker processes meanwhile.
     """
     chunk = min(config["chunk"], pictures)
-    processes = max(1, min(14, (os.cpu_count() or 2) // world.size - 1))
+    processes = max(1, min(14, cores() // world.size - 1))
     with tempfile.TemporaryDirectory(prefix=f"captions-{world.rank}-") as scratch:
         workers = Workers(
             Path(scratch), chunks=-(-pictures // chunk), chunk=chunk, seed=seed, split=split,
@@ -94,6 +91,7 @@ def shown(config: dict, tokenizers: Path, world: World, log: Log, deadline: floa
             processes=processes,
         )  # fmt: skip
         try:
+            warm_up(config, world)
             yield from _until(workers, config, world, log, deadline, split)
         finally:
             workers.close()
