@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from engine.metrics import psnr
+
 __all__ = ["Scores", "colour_map", "difference_map", "psnr", "scores", "ssim"]
 
 # Anchors of a dark-to-light map whose lightness rises evenly, so that twice as bright reads as twice as different.
@@ -30,13 +32,6 @@ class Scores:
 def scores(a: Image.Image, b: Image.Image) -> Scores:
     """Compare two pictures of one size; ValueError when the sizes differ."""
     return Scores(psnr(a, b), ssim(a, b))
-
-
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio over 8-bit RGB, in dB: 10 log10(255² / mean squared error)."""
-    x, y = _pair(a, b)
-    error = float(np.mean((x - y) ** 2))
-    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
 
 
 def ssim(a: Image.Image, b: Image.Image) -> float:
