@@ -15,6 +15,7 @@ smaller or plainer settings; it never ends the others. OUT/PART holds each part'
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -208,6 +209,8 @@ def _last(folder: Path) -> str:
 def alive(out: Path) -> bool:
     """Whether a run's supervisor is there; raises FileNotFoundError where none was started."""
     told = json.loads((out / "status.json").read_text())
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(told["pid"], os.WNOHANG)  # if it is this process's own child and has ended, let it go
     try:
         os.kill(told["pid"], 0)
     except ProcessLookupError:
@@ -217,10 +220,12 @@ def alive(out: Path) -> bool:
 
 def watch(out: Path, seconds: float) -> bool:
     """Print a line every 20 seconds until the run or the time is over. True once the run is over."""
-    until = time.time() + seconds
+    until, next_line = time.time() + seconds, time.time()
     while alive(out) and time.time() < until:
-        print(line(out), flush=True)
-        time.sleep(max(0.0, min(20.0, until - time.time())))
+        if time.time() >= next_line:
+            next_line += 20
+            print(line(out), flush=True)
+        time.sleep(0.3)
     print(line(out), flush=True)
     return not alive(out)
 
@@ -274,6 +279,7 @@ def _begin(argv: list[str], out: Path) -> None:
         if process.poll() is not None:
             raise SystemExit(f"the run did not start; see {out / 'everything.log'}")
         time.sleep(0.1)
+    process.returncode = 0  # it outlives this command on purpose: nothing here waits for it
 
 
 def main(argv: list[str] | None = None) -> int:
