@@ -194,7 +194,8 @@ def launch(studio: Studio, **options: Any) -> Any:
     demo.launch(
         theme=NibbleTheme(),
         css_paths=ASSETS / "page.css",
-        js=(ASSETS / "page.js").read_text(encoding="utf-8"),
+        head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>",
+        js=(ASSETS / "light.js").read_text(encoding="utf-8"),
         favicon_path=ASSETS / "favicon.svg",
         footer_links=["api"],
         run_history=False,

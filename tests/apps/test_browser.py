@@ -219,6 +219,8 @@ def test_nothing_sticks_out_and_the_light_switch_works(browser, page, view):
         tab.locator("#nb-light").click()
         assert tab.evaluate(is_dark) != (view == "dark")
         assert tab.evaluate(paper) != before
+        tab.reload()
+        tab.wait_for_function(f"{is_dark} !== {str(view == 'dark').lower()}")
 
 
 def test_loading_is_shown_until_it_is_done(browser, make_studio):
