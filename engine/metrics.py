@@ -20,7 +20,7 @@ def psnr(first: Image.Image, second: Image.Image) -> float:
     Raises ArgumentError when the sizes differ.
     """
     if first.size != second.size:
-        raise ArgumentError(f"second: expected a picture of {first.size} pixels, got {second.size}")
+        raise ArgumentError(f"second: expected pictures of one size, got {first.size} and {second.size}")
     a, b = (np.asarray(image.convert("RGB"), dtype=np.float64) for image in (first, second))
     error = float(np.mean((a - b) ** 2))
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
