@@ -34,6 +34,7 @@ from zoo import scenes
 from zoo.probe import Probe, judge
 from zoo.probe.judge import rates, stack
 from zoo.scenes.sheet import contact_sheet
+from zoo.train.dist import without_cudnn_attention
 
 EVALUATION_SEED = 2026
 FIRST_NOISE_SEED = 1000
@@ -240,6 +241,7 @@ def write(out: Path, rows: Sequence[Row], captions: Sequence[scenes.Caption], pr
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
+    without_cudnn_attention()
     probe = Probe.load(options.probe, device)
     batch = scenes.sample(options.count, options.seed, "test")
     captions = scenes.describe(batch, options.seed)

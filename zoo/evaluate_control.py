@@ -28,6 +28,7 @@ from PIL import Image
 from zoo import control_cases
 from zoo.control_cases import Cases
 from zoo.scenes.sheet import contact_sheet
+from zoo.train.dist import without_cudnn_attention
 
 PIPELINES = {"canny": "FluxControlPipeline", "depth": "FluxControlPipeline", "fill": "FluxFillPipeline"}
 MAIN = {"canny": "edge_f1", "depth": "rank_correlation", "fill": "appears"}
@@ -214,6 +215,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    without_cudnn_attention()
     if options.kind == "fill":
         cases = control_cases.fill(options.count, options.size, device)
     else:

@@ -36,6 +36,7 @@ from zoo.probe.judge import agrees, rates
 from zoo.scenes import Caption, Named
 from zoo.scenes.sheet import contact_sheet
 from zoo.train import outliner, redux_paint, side, strokes
+from zoo.train.dist import without_cudnn_attention
 from zoo.train.edges import canny
 
 Figures = dict[str, float]
@@ -276,8 +277,7 @@ EVALUATIONS: dict[str, tuple[Callable, int, str]] = {
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
-    if device.startswith("cuda"):  # as in training: cuDNN's attention was seen to read outside its buffers
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    without_cudnn_attention()
     bench = Bench(options, device, Probe.load(options.probe, device))
     evaluate, columns, title = EVALUATIONS[options.kind]
     figures, sheets = evaluate(bench)

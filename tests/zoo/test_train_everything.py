@@ -80,6 +80,12 @@ def test_the_base_takes_the_gpus(tmp_path, gpus, base, early):
 def test_parts_share_the_time_in_waves(tmp_path):
     told = everything.Supervisor(Plan(tmp_path, tmp_path, None, 1), list(RECIPES)[1:], 10.0, 0.6, share=3)
     assert told.minutes_for(told.jobs[0]) == pytest.approx(4.9, abs=0.1)
+    for job in told.jobs[:3]:  # the first round is over, and the second begins with half of the time left
+        job.state, job.began = "done", told.began - 300
+    told.end = time.time() + 300
+    assert told.minutes_for(told.jobs[3]) == pytest.approx(4.8, abs=0.1)
+    told.jobs[3].state, told.jobs[3].began = "running", time.time()
+    assert told.minutes_for(told.jobs[4]) == pytest.approx(4.8, abs=0.1)
     two = everything.Supervisor(Plan(tmp_path, tmp_path, None, 2), list(RECIPES)[1:], 10.0, 0.6, share=3)
     assert two.minutes_for(two.jobs[0]) == pytest.approx(9.8, abs=0.1)
 

@@ -51,6 +51,12 @@ class World:
             dist.destroy_process_group()
 
 
+def without_cudnn_attention() -> None:
+    """Leave attention to other kernels: on an H200 with torch 2.11 cuDNN's gave NaN gradients here and read outside its
+    buffers."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def cores() -> int:
     """Processor cores that this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
@@ -75,8 +81,7 @@ def start(device: str = "auto") -> World:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-        # Seen on an H200 with torch 2.11: cuDNN's attention gives NaN gradients and reads outside its buffers here.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        without_cudnn_attention()
     if size > 1:
         cuda = where.type == "cuda"
         if not cuda:

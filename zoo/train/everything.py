@@ -29,6 +29,7 @@ from pathlib import Path
 from zoo.train.recipes import RECIPES, WEIGHTS, Plan, Recipe
 
 GRACE = 0.7  # minutes that a part may take longer than told
+STARTING = 0.25  # minutes that pass before a part looks at its own clock
 SHORTEST = 1.5  # minutes under which a part is not worth starting
 
 
@@ -128,16 +129,16 @@ class Supervisor:
         left = (self.end - time.time()) / 60 - 0.2
         if job.name == "base":
             return min(left, self.base_minutes - (time.time() - self.began) / 60)
-        behind = sum(other.state == "waiting" for other in self.jobs if other is not job and other.name != "base")
-        running = sum(other.state == "running" for other in self.jobs if other is not job and other.name != "base")
-        waves = math.ceil((1 + behind + running) / (self.gpus * self.share)) if not running or behind else 1
-        return left / max(1, waves)
+        others = [other for other in self.jobs if other is not job and other.name != "base"]
+        fresh = sum(other.state == "running" and time.time() - other.began < 60 for other in others)  # of the same round
+        behind = sum(other.state == "waiting" for other in others)
+        return left / math.ceil((1 + fresh + behind) / (self.gpus * self.share))
 
     def launch(self, job: Job, slot: int, gpus: list[int]) -> None:
         second, job.tries = job.tries > 0, job.tries + 1
         job.minutes, job.began, job.slot, job.state = self.minutes_for(job), time.time(), slot, "running"
         ranks = len(gpus) if self.plan.gpus else 1
-        argv = job.recipe.argv(self.plan, job.minutes, ranks, second)
+        argv = job.recipe.argv(self.plan, max(0.5, job.minutes - STARTING), ranks, second)
         if job.name == "base" and second and (self.plan.out / "base" / "model" / "model_index.json").exists():
             argv = [*argv, "--resume", str(self.plan.out / "base" / "model")]
         cores = self.cores_of(slot)

@@ -104,7 +104,7 @@ def workers(run: Run, split: str, pictures: int, scratch: Path) -> captions.Work
     return captions.Workers(
         scratch / split, chunks=-(-pictures // chunk), chunk=chunk, seed=run.args.seed, split=split,
         start=world.rank * pictures, captions=config["captions"], length=config["length"], tokenizers=run.tokenizers,
-        processes=run.args.workers or min(8, share),
+        processes=run.args.workers or min(12, share),
     )  # fmt: skip
 
 
