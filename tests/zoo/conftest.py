@@ -15,6 +15,15 @@ from zoo.train import models, vocab
 SMOKE = Path(zoo.__file__).parent / "configs" / "smoke.json"
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """Models of this size are slower with threads, and much slower beside another busy process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def flux_base(tmp_path_factory) -> Path:
     """A FLUX folder of the real classes at the smallest size, with random weights."""

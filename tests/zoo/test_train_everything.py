@@ -90,6 +90,17 @@ def test_parts_share_the_time_in_waves(tmp_path):
     assert two.minutes_for(two.jobs[0]) == pytest.approx(9.8, abs=0.1)
 
 
+def test_a_base_that_learned_nothing_is_not_built_on(tmp_path):
+    plan = Plan(tmp_path / "run", tmp_path / "known", None, 1)
+    for folder, text in (("model", "model_index.json"), ("logs", "log.jsonl")):
+        (plan.out / "base" / folder).mkdir(parents=True)
+        (plan.out / "base" / folder / text).write_text(json.dumps({"stage": "vae", "psnr": 30.0}) + "\n")
+    assert plan.model() == plan.base
+    with (plan.out / "base" / "logs" / "log.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": "flow", "valid": 0.2}) + "\n")
+    assert plan.model() == plan.out / "base" / "model"
+
+
 def test_every_command_names_settings_that_exist(tmp_path):
     """The drivers' own parsers and configurations take what the recipes pass, second tries included."""
     import importlib

@@ -70,7 +70,7 @@ def start(device: str = "auto") -> World:
     for name, value in (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")):
         os.environ.setdefault(name, value)
     peers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(16, cores() // peers // 2))))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(16, cores() // peers))))
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":

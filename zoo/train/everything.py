@@ -15,7 +15,6 @@ smaller or plainer settings; it never ends the others. OUT/PART holds each part'
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -26,6 +25,7 @@ import sys
 import time
 from pathlib import Path
 
+from zoo.train.progress import alive, line, watch
 from zoo.train.recipes import RECIPES, WEIGHTS, Plan, Recipe
 
 GRACE = 0.7  # minutes that a part may take longer than told
@@ -110,11 +110,13 @@ class Supervisor:
                 continue
             if self.minutes_for(job) < SHORTEST and not self.plan.smoke:
                 job.state = "left out"
-            elif job is base:
-                self.launch(job, -1, list(range(self.base_gpus())))
-            elif free:
-                slot = free.pop(0)
-                self.launch(job, slot, [slot % self.gpus])
+            elif job is base or free:
+                slot = -1 if job is base else free.pop(0)
+                try:
+                    self.launch(job, slot, list(range(self.base_gpus())) if job is base else [slot % self.gpus])
+                except OSError as error:
+                    print(f"{job.name} could not start: {error}", flush=True)
+                    job.state = "failed"
 
     def base_gpus(self) -> int:
         return self.gpus - 1 if self.gpus > 2 else self.gpus
@@ -130,9 +132,10 @@ class Supervisor:
         if job.name == "base":
             return min(left, self.base_minutes - (time.time() - self.began) / 60)
         others = [other for other in self.jobs if other is not job and other.name != "base"]
-        fresh = sum(other.state == "running" and time.time() - other.began < 60 for other in others)  # of the same round
+        # Those that began just now are of the same round as this one.
+        fresh = sum(other.state == "running" and time.time() - other.began < 60 for other in others)
         behind = sum(other.state == "waiting" for other in others)
-        return left / math.ceil((1 + fresh + behind) / (self.gpus * self.share))
+        return max(min(left, SHORTEST), left / math.ceil((1 + fresh + behind) / (self.gpus * self.share)))
 
     def launch(self, job: Job, slot: int, gpus: list[int]) -> None:
         second, job.tries = job.tries > 0, job.tries + 1
@@ -163,8 +166,9 @@ class Supervisor:
         return self.cores[first : first + step]
 
     def kill(self, job: Job) -> None:
-        """End a part and the processes it started; they share a session that this one made."""
-        for how, wait in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        """End a part and the processes it started: they share a session that this one made, but for torchrun's, which
+        it ends itself if given the time."""
+        for how, wait in ((signal.SIGTERM, 45), (signal.SIGKILL, 10)):
             try:
                 os.killpg(job.process.pid, how)
                 job.process.wait(timeout=wait)
@@ -181,54 +185,6 @@ class Supervisor:
         new = self.plan.out / "status.json.new"
         new.write_text(json.dumps(told, indent=1) + "\n")
         new.replace(self.plan.out / "status.json")
-
-
-def line(out: Path) -> str:
-    """The run's state in one line."""
-    told, now = json.loads((out / "status.json").read_text()), time.time()
-    parts = []
-    for name, part in told["parts"].items():
-        if part["state"] == "running":
-            parts.append(f"{name} {(now - part['began']) / 60:.1f}/{part['minutes']:.1f} {_last(out / name)}")
-        else:
-            parts.append(f"{name} {part['state']}")
-    return f"[{(now - told['began']) / 60:5.1f} of {(told['end'] - told['began']) / 60:.0f} min] " + " | ".join(parts)
-
-
-def _last(folder: Path) -> str:
-    """The gist of the last line of a part's log."""
-    try:
-        with (folder / "logs" / "log.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
-            row = json.loads(file.read().decode().splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        return "starting"
-    names = ("stage", "step", "loss", "valid", "it_s", "recorded", "pictures", "error")
-    return " ".join(f"{n} {row[n]}" if n != "stage" else str(row[n]) for n in names if n in row)
-
-
-def alive(out: Path) -> bool:
-    """Whether a run's supervisor is there; raises FileNotFoundError where none was started."""
-    told = json.loads((out / "status.json").read_text())
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(told["pid"], os.WNOHANG)  # if it is this process's own child and has ended, let it go
-    try:
-        os.kill(told["pid"], 0)
-    except ProcessLookupError:
-        return False
-    return not told["finished"]
-
-
-def watch(out: Path, seconds: float) -> bool:
-    """Print a line every 20 seconds until the run or the time is over. True once the run is over."""
-    until, next_line = time.time() + seconds, time.time()
-    while alive(out) and time.time() < until:
-        if time.time() >= next_line:
-            next_line += 20
-            print(line(out), flush=True)
-        time.sleep(0.3)
-    print(line(out), flush=True)
-    return not alive(out)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

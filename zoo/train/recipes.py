@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from zoo.train.log import read
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -22,9 +24,10 @@ class Plan:
     smoke: bool = False
 
     def model(self) -> Path:
-        """The base that the others are tuned from: this run's own, if there is one."""
-        own = self.out / "base" / "model"
-        return own if (own / "model_index.json").exists() else self.base
+        """The base that the others are tuned from: this run's own, once it has learned something."""
+        own, told = self.out / "base" / "model", self.out / "base" / "logs" / "log.jsonl"
+        learned = told.exists() and any(row["stage"] == "flow" and "valid" in row for row in read(told))
+        return own if learned and (own / "model_index.json").exists() else self.base
 
 
 @dataclasses.dataclass(frozen=True)
