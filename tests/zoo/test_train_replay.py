@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from zoo.train.replay import Replayed
+from zoo.train.replay import Replayed, as_ever
 
 
 class Toy:
@@ -106,3 +106,14 @@ def test_a_broken_recording_is_dropped_before_it_trains_anything(broken, capsys)
     assert not step.active
     assert all(seen)
     assert "warning: going on without a recorded step" in capsys.readouterr().out
+
+
+def test_text_encoders_work_as_ever_while_a_step_is_recorded(monkeypatch):
+    """transformers would build other masks then than it built while the layers were compiled."""
+    from transformers.utils import import_utils
+
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+    assert import_utils.is_tracing()
+    with as_ever():
+        assert not import_utils.is_tracing()
+    assert import_utils.is_tracing()

@@ -16,6 +16,7 @@ import gc
 from collections.abc import Callable, Iterator
 
 import torch
+from transformers.utils import import_utils
 
 from zoo.train.dist import World
 
@@ -26,6 +27,24 @@ Recorder = Callable[[Callable[[], Tensors]], tuple[Callable[[], None], Tensors]]
 _TOLERANCE = 0.05  # relative, of the whole gradient: 16-bit kernels add up in any order; a stale input is off by 1
 
 
+@contextlib.contextmanager
+def as_ever() -> Iterator[None]:
+    """Within this context transformers does not notice that a step is recorded.
+
+    It would build attention masks then that it leaves out otherwise, so that what is recorded would be neither what was
+    compiled nor what is checked. No value of a mask is needed here: prompts are padded and not masked.
+    """
+    kept = getattr(import_utils, "is_cuda_stream_capturing", None)
+    if kept is None:
+        yield
+        return
+    import_utils.is_cuda_stream_capturing = lambda: False
+    try:
+        yield
+    finally:
+        import_utils.is_cuda_stream_capturing = kept
+
+
 def record(call: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
     """The recorder for CUDA. Runs in the current stream, which must not be the default one."""
     graph = torch.cuda.CUDAGraph()
@@ -34,7 +53,7 @@ def record(call: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
     gc.disable()  # nothing that belongs to another graph may be freed meanwhile
     try:
         # thread_local: NCCL's watchdog thread may ask after its own events while this one records.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        with as_ever(), torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             results = call()
     finally:
         gc.enable()
