@@ -267,7 +267,8 @@ def test_the_true_small_model_paints_in_the_browser(browser):
     try:
         with visit(browser, served.url) as tab:
             screenshots.paint(tab, PROMPT, 7, 200)
-            assert "faster" in text(tab, "#nb-figures-int4") or "slower" in text(tab, "#nb-figures-int4")
+            # On a busy machine any of the three may be the truth; that one is told is what counts here.
+            assert re.search("faster|slower|same speed", text(tab, "#nb-figures-int4"))
             for precision in ("bf16", "int4"):
                 picture = tab.locator(f"#nb-image-{precision} img")
                 assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 256
