@@ -1,0 +1,242 @@
+"""One denoising step of FLUX.1-dev at full size, this engine beside its rivals at their fastest, in one run.
+
+    python bench/flux_step.py                                   # bf16 and int4, 1024x1024, batch 1
+    python bench/flux_step.py bf16 fp8 int4 --json FILE         # fp8: torchao's rowwise FP8
+    python bench/flux_step.py int4 --size 2048 --batch 1
+
+Weights are random: the time of a step does not depend on them, and no download is needed. Every variant is compiled
+(`compile_repeated_blocks`) unless its name ends in `-eager`, and replayed as one CUDA graph where that works. Prints a
+line of JSON a variant: milliseconds (median and best), GiB of weights, GiB at the peak. Needs a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+CONFIG: dict[str, Any] = dict(
+    patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
+    joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
+)  # fmt: skip
+GIB = 2**30
+
+
+def dense(device: str, config: dict) -> nn.Module:
+    """The 16-bit transformer with random weights, made on the device."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = FluxTransformer2DModel(**config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.data.normal_(0, 0.02)
+    return model.eval().requires_grad_(False)
+
+
+def random_layer(n: int, k: int, kind: str, rank: int, bias: bool, device: str, generator: torch.Generator) -> Any:
+    """A quantized linear whose weights have the size of trained ones: about 0.02 each."""
+    from engine import ops
+
+    draw: dict[str, Any] = dict(generator=generator, device=device)
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, **draw)
+    added = torch.randn(n, **draw).bfloat16() * 0.02 if bias else None
+    if kind == "awq":
+        scales = torch.full((n, k // 64), 0.005, dtype=torch.bfloat16, device=device)
+        return ops.AwqWeight(codes=codes, scales=scales, zeros=-8 * scales, bias=added)
+    # -8 is a code that quantizers do not write.
+    low, high = codes & 15, codes >> 4
+    codes = torch.where(low == 8, 9, low) | (torch.where(high == 8, 9, high) << 4)
+    return ops.CanonicalLinear(
+        codes=codes.to(torch.uint8),
+        wscales=(torch.rand(n, k // 64, **draw) * 0.004 + 0.003).bfloat16(),
+        smooth=(torch.rand(k, **draw) + 0.5).bfloat16(),
+        lora_down=(torch.randn(rank, k, **draw) * 0.02).bfloat16(),
+        lora_up=(torch.randn(n, rank, **draw) * 0.02).bfloat16(),
+        bias=added,
+    )
+
+
+def quantized(device: str, config: dict, activation: str, rank: int) -> nn.Module:
+    """The 4-bit transformer with random weights; no 16-bit copy of it ever exists."""
+    from diffusers import FluxTransformer2DModel
+
+    from engine import ops
+    from engine.linear import resolve_activation
+    from engine.models import flux
+    from engine.models.install import install
+    from engine.models.plan import get_linear
+
+    where = torch.device(device, torch.cuda.current_device())
+    with torch.device("meta"):
+        model = flux.prepare(FluxTransformer2DModel(**config))
+    backend, generator = ops.backends.select(where).name, torch.Generator(where).manual_seed(0)
+    for group in flux.plan(model):
+        layers = {}
+        shared = None
+        for name in group.names:
+            linear = get_linear(model, name)
+            layer = random_layer(linear.out_features, linear.in_features, group.kind, rank, linear.bias is not None,
+                                 device, generator)  # fmt: skip
+            if group.kind == "svdq":
+                shared = shared or layer
+                layer = ops.CanonicalLinear(**vars(layer) | {"smooth": shared.smooth, "lora_down": shared.lora_down})
+            layers[name] = layer
+        install(model, group, layers, backend=backend, activation=resolve_activation(activation, where),
+                dtype=torch.bfloat16)  # fmt: skip
+    flux.use_fused_qkv(model)
+    rest = {name: torch.randn(p.shape, device=where, dtype=torch.bfloat16) * 0.02
+            for name, p in model.state_dict().items() if p.is_meta}  # fmt: skip
+    model.load_state_dict(rest, strict=False, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def torchao_fp8(model: nn.Module) -> None:
+    """torchao's dynamic rowwise FP8 on every large linear of the blocks, in place."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    large = lambda m, name: isinstance(m, nn.Linear) and "transformer_blocks" in name and "norm" not in name  # noqa: E731
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=large)
+
+
+def inputs(device: str, size: int, batch: int, config: dict, text: int = 512) -> dict[str, Any]:
+    """What a pipeline hands over at a step."""
+    side, generator = size // 16, torch.Generator(device).manual_seed(0)
+    made = lambda *shape: torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)  # noqa: E731
+    ids = torch.zeros(side, side, 3, device=device)
+    ids[..., 1], ids[..., 2] = torch.arange(side, device=device)[:, None], torch.arange(side, device=device)[None]
+    return dict(
+        hidden_states=made(batch, side * side, config["in_channels"]),
+        encoder_hidden_states=made(batch, text, config["joint_attention_dim"]),
+        pooled_projections=made(batch, config["pooled_projection_dim"]),
+        timestep=torch.full((batch,), 0.5, device=device, dtype=torch.bfloat16),
+        img_ids=ids.reshape(-1, 3).bfloat16(), txt_ids=torch.zeros(text, 3, device=device, dtype=torch.bfloat16),
+        guidance=torch.full((batch,), 3.5, device=device), return_dict=False,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def timed(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Median and least milliseconds by device events."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[len(times) // 2], min(times)
+
+
+@torch.no_grad()
+def recorded(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """`call` as a CUDA graph, and the tensor that its replays fill."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One variant: built, compiled, run, recorded."""
+    kind, _, how = name.partition("-")
+    config = CONFIG | ({"num_layers": 2, "num_single_layers": 4} if options.few else {})
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    began, before = time.time(), torch.cuda.memory_allocated()
+    if kind in ("int4", "int4a4"):
+        model = quantized("cuda", config, "w4a4" if kind == "int4a4" else "auto", options.rank)
+    else:
+        model = dense("cuda", config)
+    if kind == "fp8":
+        torchao_fp8(model)
+    gc.collect()
+    torch.cuda.empty_cache()
+    row: dict[str, Any] = {"variant": name, "weights_gib": (torch.cuda.memory_allocated() - before) / GIB}
+    if how != "eager":
+        model.compile_repeated_blocks(fullgraph=True)
+    x = inputs("cuda", options.size, options.batch, config)
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        first = model(**x)[0]
+        row["setup_s"] = time.time() - began
+        row["same_bits"] = bool(torch.equal(first, model(**x)[0]))
+    row["finite"] = bool(first.isfinite().all())
+    row["ms"], row["best_ms"] = timed(lambda: model(**x), options.repeats)
+    row["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / GIB
+    if how != "eager":
+        graph, out = recorded(lambda: model(**x)[0])
+        row["graph_ms"], row["graph_best_ms"] = timed(graph.replay, options.repeats)
+        row["graph_same_bits"] = bool(torch.equal(out, first))
+    if options.profile:
+        profile(lambda: model(**x))
+    return row
+
+
+@torch.no_grad()
+def profile(call: Callable[[], Any]) -> None:
+    """The kernels that take the most time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as recording
+
+    with recording(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=24, max_name_column_width=60), flush=True)
+
+
+def main() -> None:
+    """Parse the command line, measure each variant, write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", default=["bf16", "int4"],
+                        help="bf16, fp8, int4, int4a4; with -eager not compiled")  # fmt: skip
+    parser.add_argument("--size", type=int, default=1024, help="pixels of a side")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--few", action="store_true", help="six blocks instead of 57, for trials")
+    parser.add_argument("--profile", action="store_true", help="print the slowest kernels")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for name in options.variants:
+        try:
+            rows.append(measure(name, options))
+        except Exception as error:
+            rows.append({"variant": name, "error": f"{type(error).__name__}: {error}"[:500]})
+        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        told = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name(),
+                "torch": torch.__version__, "size": options.size, "batch": options.batch, "rows": rows}  # fmt: skip
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+// The W4A8 linear of Hopper: y = 4-bit weights x e4m3 tokens, group scales, low-rank branch, bias.
+//
+// Weights are the A operand of wgmma and come from registers: a 4-bit code in sign and magnitude becomes an e4m3 number
+// by a mask alone, because e4m3's subnormals and first normals are linear: byte 0b0000_0mmm is mmm * 2^-9. Tokens are
+// the B operand. A thread of D then holds two outputs and many tokens, so a group's scale is one register a row, and
+// promoting a partial sum of 64 inputs is one FMA an element. While one warpgroup promotes, the other multiplies.
+//
+// A cluster of two CTAs shares a tile of tokens (each fetches half of it for both) and takes 128 outputs each: at
+// FP8's full rate a CTA alone would ask more of the L2 than it gives.
+#pragma once
+#include "../kernels.h"
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+namespace nibble::sm90a {
+
+constexpr int kThreads = 384;     // a warpgroup that fetches, two that multiply
+constexpr int kRows = 64;         // outputs of a warpgroup
+constexpr int kInputs = 128;      // of K, in one stage: a row of 128 bytes
+constexpr int kCodeBytes = kRows * kInputs / 2;
+constexpr int kScaleBytes = kRows * (kInputs / 64) * 2;
+constexpr int kRanks = 64;        // of the low-rank branch, in one stage: a row of 128 bytes too
+constexpr float kCodeUnit = 512;  // 2^9, what the mask leaves out
+
+template <int kTokens>
+struct Shape {
+  static constexpr int kStages = kTokens == 192 ? 5 : kTokens == 128 ? 7 : 8;
+  static constexpr int kTokenBytes = kTokens * 128;
+  static constexpr int kOutBytes = kTokens * kRows * 2;
+  static constexpr int kShared = kStages * (kTokenBytes + 2 * kCodeBytes + 2 * kScaleBytes) + 2 * kOutBytes +
+                                 2 * kStages * 8 + 1024;  // the last for alignment
+};
+
+struct Args {
+  const uint8_t* codes;
+  const uint16_t* wscales;
+  const uint16_t* up;
+  const float* bias;
+  const float* act_scale;
+  void* y;
+  int m, n_valid, panels, steps, rank, token_tiles, tiles;
+  DType scale_dtype, y_dtype;
+  bool boxed;  // whether y can be written by the copy engine
+  bool gelu;   // y = gelu(y), in its tanh form
+};
+
+// 0.5 v (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))), the tanh by the special function unit: right to 2^-11.
+__device__ inline float gelu(float v) {
+  float t;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(v * fmaf(0.0356774081f, v * v, 0.7978845608f)));
+  const float half = 0.5f * v;
+  return fmaf(half, t, half);
+}
+
+__device__ inline float scale_value(uint16_t bits, DType dtype) {
+  return dtype == DType::bf16 ? __uint_as_float(uint32_t{bits} << 16) : __half2float(__ushort_as_half(bits));
+}
+
+__device__ inline uint32_t pair(float low, float high, DType dtype) {
+  if (dtype == DType::bf16) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(v);
+  }
+  const __half2 v = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(v);
+}
+
+// Where everything lies in shared memory; addresses of the shared window.
+template <int kTokens>
+struct Stage {
+  using S = Shape<kTokens>;
+  uint32_t tokens, codes, scales, out, full, empty;
+
+  __device__ explicit Stage(uint32_t base) {
+    tokens = (base + 1023) & ~1023u;
+    codes = tokens + S::kStages * S::kTokenBytes;
+    out = codes + S::kStages * 2 * kCodeBytes;
+    scales = out + 2 * S::kOutBytes;
+    full = scales + S::kStages * 2 * kScaleBytes;
+    empty = full + S::kStages * 8;
+  }
+};
+
+// Goes round the stages of the ring: which one, and in which phase its barriers are.
+template <int kStages>
+struct Turn {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+template <int kTokens>
+__device__ void fetch(const CUtensorMap& act, const CUtensorMap& low_rank, const Args& p, Stage<kTokens> at, int cluster,
+                      int clusters, uint32_t rank_in_cluster) {
+  using S = Shape<kTokens>;
+  constexpr int kHalf = kTokens / 2;
+  Turn<S::kStages> turn;
+  for (int tile = cluster; tile < p.tiles; tile += clusters) {
+    const int row = tile % p.token_tiles * kTokens + rank_in_cluster * kHalf;
+    const int first = (tile / p.token_tiles * 2 + static_cast<int>(rank_in_cluster)) * 2;  // panel
+    const int ranks = (p.rank + kRanks - 1) / kRanks;
+    for (int step = 0; step < p.steps + ranks; ++step, turn.next()) {
+      const uint32_t full = at.full + turn.stage * 8;
+      barrier_wait(at.empty + turn.stage * 8, turn.phase ^ 1);
+      const uint32_t tokens = at.tokens + turn.stage * S::kTokenBytes + rank_in_cluster * kHalf * 128;
+      if (step >= p.steps) {
+        barrier_expect(full, S::kTokenBytes);
+        copy_box_to_all(tokens, &low_rank, (step - p.steps) * kRanks, row, full, 3);
+        continue;
+      }
+      barrier_expect(full, S::kTokenBytes + 2 * kCodeBytes + 2 * kScaleBytes);
+      copy_box_to_all(tokens, &act, step * kInputs, row, full, 3);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // A panel past the end (of an odd pair) is fetched from the start: it is multiplied, but never stored.
+        const int panel = first + half < p.panels ? first + half : 0;
+        const int64_t block = int64_t{panel} * p.steps + step;
+        copy_bulk(at.codes + (turn.stage * 2 + half) * kCodeBytes, p.codes + block * kCodeBytes, kCodeBytes, full);
+        copy_bulk(at.scales + (turn.stage * 2 + half) * kScaleBytes,
+                  reinterpret_cast<const uint8_t*>(p.wscales) + block * kScaleBytes, kScaleBytes, full);
+      }
+    }
+  }
+}
+
+__device__ inline uint4 load_words(uint32_t address) {
+  uint4 w;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+               : "r"(address));
+  return w;
+}
+
+__device__ inline uint16_t load_half(uint32_t address) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+  return v;
+}
+
+// Registers are ready here: the compiler may not compute them later, past the fence before a product.
+__device__ inline void hold(uint32_t (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[i])::"memory");
+}
+
+// Eight codes a word: as it stands those of one 32-input step, turned by four bits those of the next.
+__device__ inline void widen(const uint4& w, uint32_t (&first)[4], uint32_t (&second)[4]) {
+  const uint32_t words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    first[i] = words[i] & 0x87878787u;
+    second[i] = __funnelshift_r(words[i], words[i], 4) & 0x87878787u;
+  }
+}
+
+template <int kTokens>
+__device__ void multiply(const Args& p, Stage<kTokens> at, Turn<Shape<kTokens>::kStages>& turn, int group,
+                         float (&sum)[kTokens / 2]) {
+  using S = Shape<kTokens>;
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+  const uint32_t row = (thread / 32 * 16 + lane / 4) * 2;
+  float part[kTokens / 2];
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) sum[i] = part[i] = 0.0f;
+  for (int step = 0; step < p.steps; ++step, turn.next()) {
+    barrier_wait(at.full + turn.stage * 8, turn.phase);
+    const uint32_t codes = at.codes + (turn.stage * 2 + group) * kCodeBytes + thread * 16;
+    const uint32_t scales = at.scales + (turn.stage * 2 + group) * kScaleBytes + row;
+    const uint64_t tokens = operand_descriptor(at.tokens + turn.stage * S::kTokenBytes);
+    const uint4 words[2] = {load_words(codes), load_words(codes + kCodeBytes / 2)};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t first[4], second[4];
+      widen(words[half], first, second);
+      const float low = scale_value(load_half(scales + half * 128), p.scale_dtype);
+      const float high = scale_value(load_half(scales + half * 128 + 16), p.scale_dtype);
+      hold(first);
+      hold(second);
+      wgmma_fence();
+      Wgmma<kTokens>::e4m3(part, first, tokens + half * 4, 0);
+      Wgmma<kTokens>::e4m3(part, second, tokens + half * 4 + 2, 1);
+      wgmma_commit();
+      wgmma_wait();
+      if (half == 1 && lane < 2) barrier_arrive_at(at.empty + turn.stage * 8, lane);
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) sum[i] = fmaf(part[i], i & 2 ? high : low, sum[i]);
+    }
+  }
+}
+
+// sum += up x low_rank, both in 16 bits: `up` comes from registers, the tokens' projections through the ring.
+template <int kTokens>
+__device__ void add_low_rank(const Args& p, Stage<kTokens> at, Turn<Shape<kTokens>::kStages>& turn, int panel,
+                             float (&sum)[kTokens / 2]) {
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+  const uint16_t* up = p.up + (int64_t{panel} * kRows + thread / 32 * 16 + lane / 4) * p.rank + lane % 4 * 2;
+  for (int base = 0; base < p.rank; base += kRanks, turn.next()) {
+    barrier_wait(at.full + turn.stage * 8, turn.phase);
+    const uint64_t tokens = operand_descriptor(at.tokens + turn.stage * Shape<kTokens>::kTokenBytes);
+    for (int r = 0; r < kRanks && base + r < p.rank; r += 16) {
+      const auto word = [&](int rows, int ranks) {
+        return *reinterpret_cast<const uint32_t*>(up + int64_t{rows} * p.rank + base + r + ranks);
+      };
+      uint32_t a[4] = {word(0, 0), word(8, 0), word(0, 8), word(8, 8)};
+      hold(a);
+      wgmma_fence();
+      Wgmma<kTokens>::bf16(sum, a, tokens + r / 8, 1);
+      wgmma_commit();
+      wgmma_wait();
+    }
+    if (lane < 2) barrier_arrive_at(at.empty + turn.stage * 8, lane);
+  }
+}
+
+template <int kTokens>
+__device__ void store_boxed(const CUtensorMap& out, const Args& p, uint32_t buffer, int group, int panel, int token,
+                            const float (&sum)[kTokens / 2]) {
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  if (thread == 0) store_wait_read();
+  warpgroup_sync(group);
+  // Lane l gives the address of row l % 8 of matrix l / 8: matrices are (tokens j, outputs low, high), then j + 1.
+  const uint32_t chunk = warp * 2 + lane / 8 % 2;
+  const uint32_t to = buffer + (lane / 16 * 8 + lane % 8) * 128 + ((chunk ^ (lane % 8)) << 4);
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; j += 2) {
+    const float* d = sum + 4 * j;
+    store_matrices_transposed(to + j * 1024, pair(d[0], d[1], p.y_dtype), pair(d[2], d[3], p.y_dtype),
+                              pair(d[4], d[5], p.y_dtype), pair(d[6], d[7], p.y_dtype));
+  }
+  fence_async_shared();
+  warpgroup_sync(group);
+  if (thread == 0) {
+    store_box(&out, buffer, panel * kRows, token);
+    store_commit();
+  }
+}
+
+template <int kTokens>
+__device__ void store_plain(const Args& p, int panel, int token, const float (&sum)[kTokens / 2]) {
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) {
+    const int n = panel * kRows + thread / 32 * 16 + lane / 4 + (i & 2) * 4;
+    const int m = token + i / 4 * 8 + lane % 4 * 2 + i % 2;
+    if (n >= p.n_valid || m >= p.m) continue;
+    const int64_t at = int64_t{m} * p.n_valid + n;
+    if (p.y_dtype == DType::fp32) {
+      static_cast<float*>(p.y)[at] = sum[i];
+    } else if (p.y_dtype == DType::bf16) {
+      static_cast<__nv_bfloat16*>(p.y)[at] = __float2bfloat16_rn(sum[i]);
+    } else {
+      static_cast<__half*>(p.y)[at] = __float2half_rn(sum[i]);
+    }
+  }
+}
+
+template <int kTokens>
+__device__ void compute(const CUtensorMap& out, const Args& p, Stage<kTokens> at, int cluster, int clusters,
+                        uint32_t rank_in_cluster, int group) {
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+  Turn<Shape<kTokens>::kStages> turn;
+  for (int tile = cluster; tile < p.tiles; tile += clusters) {
+    const int token = tile % p.token_tiles * kTokens;
+    const int wanted = (tile / p.token_tiles * 2 + static_cast<int>(rank_in_cluster)) * 2 + group;
+    const bool real = wanted < p.panels;
+    const int panel = real ? wanted : 0;
+    float sum[kTokens / 2];
+    multiply<kTokens>(p, at, turn, group, sum);
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      const int m = token + j * 8 + lane % 4 * 2;
+      const float even = m < p.m ? p.act_scale[m] * kCodeUnit : 0.0f;
+      const float odd = m + 1 < p.m ? p.act_scale[m + 1] * kCodeUnit : 0.0f;
+      sum[4 * j] *= even;
+      sum[4 * j + 1] *= odd;
+      sum[4 * j + 2] *= even;
+      sum[4 * j + 3] *= odd;
+    }
+    if (p.rank) add_low_rank<kTokens>(p, at, turn, panel, sum);
+    const int n = panel * kRows + thread / 32 * 16 + lane / 4;
+    const float low = p.bias[n], high = p.bias[n + 8];
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) sum[i] += i & 2 ? high : low;
+    if (p.gelu) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) sum[i] = gelu(sum[i]);
+    }
+    if (!real) continue;
+    if (p.boxed) {
+      store_boxed<kTokens>(out, p, at.out + group * Shape<kTokens>::kOutBytes, group, panel, token, sum);
+    } else {
+      store_plain<kTokens>(p, panel, token, sum);
+    }
+  }
+}
+
+template <int kTokens>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
+    linear_fp8_kernel(const __grid_constant__ CUtensorMap act, const __grid_constant__ CUtensorMap low_rank,
+                      const __grid_constant__ CUtensorMap out, const __grid_constant__ Args p) {
+  using S = Shape<kTokens>;
+  extern __shared__ uint8_t memory[];
+  const Stage<kTokens> at(shared_address(memory));
+  const uint32_t rank_in_cluster = cluster_rank();
+  const int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::kStages; ++i) {
+      barrier_init(at.full + i * 8, 1);
+      barrier_init(at.empty + i * 8, 16);  // every multiplying warp of both CTAs
+    }
+    fence_barrier_init();
+    prefetch_map(&act);
+  }
+  cluster_sync();
+  // The same in all lanes, and the compiler must know: a warpgroup's products may not lie in a divergent branch.
+  const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  if (role == 0) {
+    give_registers<40>();
+    if (threadIdx.x == 0) fetch<kTokens>(act, low_rank, p, at, cluster, clusters, rank_in_cluster);
+  } else {
+    take_registers<232>();
+    compute<kTokens>(out, p, at, cluster, clusters, rank_in_cluster, role - 1);
+  }
+  cluster_sync();  // no CTA may go while its partner still writes to its shared memory
+}
+
+}  // namespace nibble::sm90a
