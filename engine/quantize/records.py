@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,8 @@ class LayerRecord:
 
     `shape` is (N, K), the rows of the whole group. `kind` is "svdq" or "awq"; a weight-only group has one error,
     given twice. `naive_error` is plain rounding to nearest in the same format with 4-bit activations, no smoothing and
-    no branch. None means not measured. `names` are the linears' own names, as `--keep-16bit` takes them.
+    no branch; `seconds` is what quantizing took. None means not measured. `names` are the linears' own names, as
+    `--keep-16bit` takes them.
     """
 
     name: str
@@ -32,7 +31,7 @@ class LayerRecord:
     error_w4a4: float | None
     error_w4a8: float | None
     naive_error: float | None
-    seconds: float
+    seconds: float | None
     names: tuple[str, ...] = ()
 
 
@@ -45,15 +44,9 @@ def records_path(checkpoint: str | Path) -> Path:
 def write_records(path: str | Path, records: Iterable[LayerRecord]) -> None:
     """Write the records as a JSON list, to a temporary file first."""
     path = Path(path)
-    text = json.dumps([dataclasses.asdict(record) for record in records], indent=1) + "\n"
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps([dataclasses.asdict(record) for record in records], indent=1) + "\n")
+    partial.replace(path)
 
 
 def read_records(path: str | Path) -> list[LayerRecord]:

@@ -1,0 +1,225 @@
+"""The quality report of a 4-bit checkpoint: a page with pictures, and the same figures as JSON.
+
+    python -m engine.quantize.report my-int4 --model tiny --out report
+
+The page stands alone: pictures, styles and the little script it has are in the one file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint.files import replacing
+from engine.checkpoint.layouts import open_checkpoint
+from engine.checkpoint.quantization import Quantization, read_quantization
+from engine.errors import ArgumentError, BackendError
+from engine.metrics import load_lpips
+from engine.models.catalogue import ModelSpec, resolve
+from engine.quantize import report_advice as advice
+from engine.quantize.records import LayerRecord, read_records, records_path
+from engine.quantize.report_layers import measure_layers
+from engine.quantize.report_pictures import PROMPTS, Column, paint
+
+__all__ = ["PROMPTS", "Report", "write_report"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report says; `report.json` holds the same.
+
+    `columns` are the painted precisions, the 16-bit reference first; `trial` is the first 4-bit one painted again
+    with the suggested layers in 16 bits. Bytes are of the transformer.
+    """
+
+    model: str
+    precision: str
+    activation: str
+    rank: int
+    keep: list[str]
+    device: str
+    versions: dict[str, str]
+    date: str
+    steps: int
+    bytes_16bit: int
+    bytes_file: int
+    layers: list[LayerRecord]
+    layers_source: str
+    rule: str
+    advice: advice.Advice
+    columns: list[Column] = field(default_factory=list)
+    trial: Column | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def write_report(
+    out: str | Path,
+    *,
+    model: str | ModelSpec,
+    checkpoint: str | Path,
+    records: Sequence[LayerRecord] | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    steps: int | None = None,
+    activations: Sequence[str] = ("auto",),
+    device: str = "auto",
+    lpips: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Paint `prompts` in BF16 and from `checkpoint`, compare, and write index.html, report.json and the pictures.
+
+    `records` are the quantizer's figures of each layer; without them the file beside the checkpoint is read, and
+    where there is none every layer is measured on the prompts' own inputs. `steps` is denoising steps (default the
+    model's). `activations` are painted a column each ("auto", "w4a8", "w4a4"); the first one decides on suggestions.
+    `out` is replaced when all is done. Raises ArgumentError, CheckpointError, ModelError or BackendError.
+    """
+    if not prompts:
+        raise ArgumentError("prompts: expected one or more, got none")
+    if not activations:
+        raise ArgumentError("activations: expected one or more of auto, w4a8, w4a4, got none")
+    with replacing(Path(out)) as folder:
+        report = _Writer(model, checkpoint, prompts, steps, device, progress).run(folder, records, activations, lpips)
+        text = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n"
+        (folder / "report.json").write_text(text, encoding="utf-8")
+        from engine.quantize.report_page import page
+
+        (folder / "index.html").write_text(page(report, folder / "pictures"), encoding="utf-8")
+    return report
+
+
+class _Writer:
+    """The run behind `write_report`: what is shared by its stages."""
+
+    def __init__(
+        self,
+        model: str | ModelSpec,
+        checkpoint: str | Path,
+        prompts: Sequence[str],
+        steps: int | None,
+        device: str,
+        progress: Progress | None,
+    ) -> None:
+        self.checkpoint = Path(checkpoint)
+        self.about = _about(self.checkpoint)
+        known = resolve(model)
+        self.precision = "nvfp4" if self.about.group_size == 16 else "int4"
+        self.spec = dataclasses.replace(known, checkpoints={**known.checkpoints, self.precision: str(checkpoint)})
+        self.prompts, self.steps, self.device = prompts, steps, device
+        self.tell = progress or (lambda *_: None)
+        self.notes: list[str] = []
+
+    def run(
+        self, folder: Path, records: Sequence[LayerRecord] | None, activations: Sequence[str], lpips: bool
+    ) -> Report:
+        from engine.generate import Engine
+
+        distance = self._lpips() if lpips else None
+        exact = Engine.load(self.spec, "bf16", device=self.device)
+        bytes_16bit = exact.weight_bytes
+
+        def painted(engine: Any, label: str, reference: Column | None) -> Column:
+            where = folder / "pictures"
+            return paint(engine, label, self.prompts, self.steps, where, reference, distance, self.tell)
+
+        columns = [painted(exact, "BF16", None)]
+        layers, source = self._layers(exact, records)
+        advice.prepared(exact).to("cpu")
+        first: Any = None
+        for activation in dict.fromkeys(activations):
+            engine = Engine.load(self.spec, self.precision, device=self.device, activation=activation, share=exact)
+            columns.append(painted(engine, f"{self.precision.upper()} {engine.activation.upper()}", columns[0]))
+            first = first or engine
+        size = _bytes(self.checkpoint)
+        suggested = advice.advise(layers, first.activation, size)
+        trial = None
+        if suggested.layers:
+            advice.put_back(first.pipe.transformer, exact.pipe.transformer, layers, suggested.layers)
+            trial = painted(first, f"{columns[1].label} with suggested layers", columns[0])
+        return Report(
+            model=self.spec.title,
+            precision=self.precision,
+            activation=first.activation,
+            rank=self.about.rank,
+            keep=list(self.about.keep),
+            device=_device_name(first.device),
+            versions=_versions(),
+            date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            steps=self.steps or int(self.spec.steps.default),
+            bytes_16bit=bytes_16bit,
+            bytes_file=size,
+            layers=layers,
+            layers_source=source,
+            rule=advice.RULE,
+            advice=suggested,
+            columns=columns,
+            trial=trial,
+            notes=self.notes,
+        )
+
+    def _layers(self, exact: Any, records: Sequence[LayerRecord] | None) -> tuple[list[LayerRecord], str]:
+        path = records_path(self.checkpoint)
+        if records is None and path.is_file():
+            records = read_records(path)
+        if records is not None:
+            names = {group.title: group.names for group in advice.plan(exact)}
+            named = [dataclasses.replace(r, names=r.names or names.get(r.name, (r.name,))) for r in records]
+            return named, "measured by the quantizer on its calibration rows"
+        found = measure_layers(exact, self.spec, self.precision, self.prompts, self.steps, self.tell)
+        return found, "measured on what the layers read while these prompts were painted"
+
+    def _lpips(self) -> Any:
+        import torch
+
+        try:
+            return load_lpips("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+        except BackendError as error:
+            self.notes.append(f"LPIPS was not measured. {error}")
+            return None
+
+
+def _about(checkpoint: Path) -> Quantization:
+    files = open_checkpoint(checkpoint)
+    try:
+        return read_quantization(files)
+    finally:
+        files.close()
+
+
+def _bytes(checkpoint: Path) -> int:
+    files = checkpoint.glob("*.safetensors") if checkpoint.is_dir() else [checkpoint]
+    return sum(file.stat().st_size for file in files)
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+
+
+def _versions() -> dict[str, str]:
+    import diffusers
+    import torch
+
+    from engine import __version__
+
+    return {
+        "nibble": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+if __name__ == "__main__":
+    from engine.commands.report import main
+
+    raise SystemExit(main())
