@@ -6,10 +6,11 @@ states as the sequence, CLIP's state at the end token as the pooled vector.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from zoo.train.graph import autocast, compiled
 from zoo.train.log import Log, Meter
 from zoo.train.models import Parts
 from zoo.train.optim import Clock, Ema, FlatModel
-from zoo.train.pool import Pool
+from zoo.train.pool import TOKEN_CLASSES, Pool
 from zoo.train.replay import Tensors
 
 
@@ -74,6 +75,38 @@ class Joint(nn.Module):
         )[0]  # fmt: skip
 
 
+class Shown(nn.Module):
+    """A training aid that is not exported: names, from the picture's tokens after the last block, what each one shows.
+
+    The renderer knows it. So words get tied to places by a gradient of their own, not only through the velocity, of
+    which a small object is a small part. In the spirit of REPA (arXiv 2410.06940), with the truth in place of a
+    foreign encoder's features.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, TOKEN_CLASSES))
+
+    def loss(self, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """states (B, N, width), tokens (B, N) classes -> mean cross-entropy."""
+        return F.cross_entropy(self.head(states).float().flatten(0, 1), tokens.long().flatten())
+
+
+@contextlib.contextmanager
+def overheard(transformer: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Within this context the last forward pass leaves its picture tokens, before the last norm, in the dictionary."""
+    heard: dict[str, torch.Tensor] = {}
+
+    def listen(module: nn.Module, args: tuple) -> None:
+        heard["states"] = args[0]
+
+    handle = transformer.norm_out.register_forward_pre_hook(listen)
+    try:
+        yield heard
+    finally:
+        handle.remove()
+
+
 def blocks(transformer: nn.Module) -> list[nn.Module]:
     """What is worth compiling: the repeated blocks, two kinds, each compiled once whatever their number."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
@@ -92,16 +125,20 @@ class Batches:
         self.pool, self.size, self.drop = pool, size, drop
         self.empty = [ids.to(world.device) for ids in empty]  # ids of the empty prompt: (77,), (L,)
         self.generator = torch.Generator(world.device).manual_seed(seed * 1000 + world.rank)
+        # Scenes of two objects come twice as often as they were drawn, of three three times: they are harder.
+        count = pool.labels[:, : pool.labels.shape[1] // 2].sum(1).long()
+        self.rows = torch.arange(len(pool), device=world.device).repeat_interleave(count.to(world.device))
 
     def __call__(self) -> dict[str, torch.Tensor]:
         g, device = self.generator, self.generator.device
-        rows = torch.randint(len(self.pool), (self.size,), generator=g, device=device)
+        rows = self.rows[torch.randint(len(self.rows), (self.size,), generator=g, device=device)]
         clip_ids, t5_ids = self.pool.captions(rows, g)
         dropped = torch.rand(self.size, 1, generator=g, device=device) < self.drop
         x0 = self.pool.latents(rows, g)
         noise = torch.randn(x0.shape, generator=g, device=device)
         return {
             "x0": x0, "noise": noise, "labels": self.pool.labels[rows],
+            "tokens": self.pool.tokens[rows],
             "clip": torch.where(dropped, self.empty[0], clip_ids), "t5": torch.where(dropped, self.empty[1], t5_ids),
         }  # fmt: skip
 
@@ -113,6 +150,8 @@ def train(joint: Joint, pool: Pool, valid: Pool, empty: tuple, config: dict, wor
     `save` is called in the chief every `config["save_seconds"]` with the averaged weights in place.
     """
     joint.train()
+    if config["tokens_weight"]:
+        joint.shown = Shown(joint.transformer.inner_dim).to(world.device)
     model = FlatModel(joint, world, lr=config["lr"], betas=tuple(config["betas"]), weight_decay=config["weight_decay"])
     ema, clock = (
         Ema(model, config["ema_exponent"]),
@@ -127,23 +166,31 @@ def train(joint: Joint, pool: Pool, valid: Pool, empty: tuple, config: dict, wor
         b = draw()
         sigmas = flow.sample_sigmas(n, config["mu"], draw.generator)
         x, target = flow.interpolate(b["x0"], b["noise"], sigmas)
-        weight = torch.full((), config["text_weight"] * (1.0 - clock.progress), device=world.device)
-        texts = {name: b[name] for name in ("clip", "t5", "labels")}
-        return {"x": x, "target": target, "sigmas": sigmas, "weight": weight, **texts}
+        left = torch.full((), 1.0 - clock.progress, device=world.device)
+        known = {name: b[name] for name in ("clip", "t5", "labels", "tokens")}
+        return {"x": x, "target": target, "sigmas": sigmas, "left": left, **known}
 
     def work(b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with autocast(world):
             states, pooled = joint.text(b["clip"], b["t5"])
             loss = flow.velocity_loss(joint.velocity(b["x"], b["sigmas"], states, pooled, ones), b["target"])
             text = joint.text.label_loss(states, pooled, b["t5"], b["labels"])
-        (loss + b["weight"] * text).backward()
-        return {"loss": loss.detach(), "text": text.detach()}
+            aids = config["text_weight"] * text
+            terms = {"loss": loss.detach(), "text": text.detach()}
+            if config["tokens_weight"]:
+                shown = joint.shown.loss(heard["states"], b["tokens"])
+                aids, terms["shown"] = aids + config["tokens_weight"] * shown, shown.detach()
+        (loss + b["left"] * aids).backward()
+        return terms
 
     def check() -> None:
         log("flow", valid=validate(joint, valid, config, world))
 
-    loop(Stage("flow", model, ema, clock, meter, config, world, save), inputs, work,
-         blocks(joint.transformer) + layers(joint.text), check)  # fmt: skip
+    with overheard(joint.transformer) as heard:
+        loop(Stage("flow", model, ema, clock, meter, config, world, save), inputs, work,
+             blocks(joint.transformer) + layers(joint.text), check)  # fmt: skip
+    if config["tokens_weight"]:
+        del joint.shown
     joint.eval()
     if world.chief:
         check()

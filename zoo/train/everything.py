@@ -196,6 +196,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--share", type=int, default=3, help="parts side by side on one GPU")
     parser.add_argument("--base", type=Path, default=WEIGHTS / "flux-tiny", help="to tune where no base is trained")
     parser.add_argument("--vae", type=Path, default=WEIGHTS / "flux-tiny" / "vae", help="kept; 'none' trains one")
+    parser.add_argument("--resume-base", type=Path, help="a FLUX folder from which the base goes on")
     parser.add_argument("--only", nargs="+", choices=sorted(RECIPES), default=[])
     parser.add_argument("--skip", nargs="+", choices=sorted(RECIPES), default=[])
     parser.add_argument("--wait", type=float, metavar="SECONDS", help="watch for so long; starts the run if none was")
@@ -212,7 +213,14 @@ def _supervise(args: argparse.Namespace) -> None:
     gpus = 0 if args.smoke else torch.cuda.device_count() if args.gpus is None else args.gpus
     vae = None if args.smoke or str(args.vae) == "none" or not args.vae.is_dir() else args.vae
     names = [name for name in RECIPES if (not args.only or name in args.only) and name not in args.skip]
-    plan = Plan(args.out.resolve(), args.base.resolve(), vae and vae.resolve(), gpus, args.smoke)
+    plan = Plan(
+        args.out.resolve(),
+        args.base.resolve(),
+        vae and vae.resolve(),
+        gpus,
+        args.smoke,
+        args.resume_base and args.resume_base.resolve(),
+    )
     supervisor = Supervisor(plan, names, args.minutes, args.base_part, args.share)
 
     def stop(*_: object) -> None:

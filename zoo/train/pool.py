@@ -23,6 +23,7 @@ class Pool:
     clip: torch.Tensor  # (P, C, 77) int16, C captions a picture
     t5: torch.Tensor  # (P, C, L) int16
     labels: torch.Tensor  # (P, 128) uint8
+    tokens: torch.Tensor  # (P, N) uint8, what each latent token shows (see token_labels)
     mean: torch.Tensor | None = None  # (P, N, D) bfloat16 posterior mean, packed, scaled as the pipeline scales
     std: torch.Tensor | None = None  # (P, N, D) bfloat16
 
@@ -44,6 +45,23 @@ def depth_picture(depth: torch.Tensor) -> torch.Tensor:
     """Metres (B, S, S) to grey uint8, white at 3 m and black from 18 m on, linear in inverse depth."""
     near, far = 1 / 3, 1 / 18
     return (((1 / depth.clamp(min=1e-3) - far) / (near - far)).clamp(0, 1) * 255).to(torch.uint8)
+
+
+PATCH = 16  # pixels of a latent token's side
+TOKEN_CLASSES = 1 + len(scenes.SHAPES) * len(scenes.COLORS)
+_COVERED = 0.35  # of a token's pixels, for an object to be what it shows
+
+
+def token_labels(mask: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
+    """What each latent token shows: 0 is no object, 1 + shape * 8 + colour one that covers a third of it.
+
+    mask (B, S, S) int8: slot of the object at a pixel, or -1; look (B, K) int64: shape * 8 + colour of each slot.
+    Returns (B, (S / 16)^2) uint8, row by row.
+    """
+    slots = torch.stack([(mask == slot).float() for slot in range(look.shape[1])], 1)
+    area, slot = torch.nn.functional.avg_pool2d(slots, PATCH).flatten(2).max(1)  # (B, N) each
+    shown = look.to(mask.device).gather(1, slot) + 1
+    return torch.where(area > _COVERED, shown, 0).to(torch.uint8)
 
 
 def warm_up(config: dict, world: World) -> None:
@@ -70,7 +88,7 @@ def build(config: dict, world: World, log: Log, deadline: float, workers: Worker
     pool = Pool(
         images=make(total, 3, size, size, kind=torch.uint8), depth=make(kept_depth, size, size, kind=torch.uint8),
         clip=make(total, captions, CLIP_LENGTH, kind=torch.int16), t5=make(total, captions, length, kind=torch.int16),
-        labels=make(total, LABELS, kind=torch.uint8),
+        labels=make(total, LABELS, kind=torch.uint8), tokens=make(total, (size // PATCH) ** 2, kind=torch.uint8),
     )  # fmt: skip
     try:
         filled = _fill(pool, workers, config, world, log, deadline)
@@ -109,11 +127,14 @@ def _draw(pool: Pool, part: scenes.Scenes, tensors: dict, filled: int, config: d
     rows = slice(filled, filled + len(part))
     for name in ("clip", "t5", "labels"):
         getattr(pool, name)[rows] = tensors[name].to(world.device, non_blocking=True)
-    at = filled
+    at, look = filled, part.shape * len(scenes.COLORS) + part.color
     drawn_parts = scenes.stream(part, size=config["size"], device=world.device, oversample=config["oversample"],
                                        compile=config["compile"] and world.cuda)  # fmt: skip
     for drawn in drawn_parts:
         pool.images[at : at + len(drawn.image)] = drawn.image
+        pool.tokens[at : at + len(drawn.image)] = token_labels(
+            drawn.mask, look[at - filled : at - filled + len(drawn.mask)]
+        )
         room = len(pool.depth) - at
         if room > 0:
             pool.depth[at : at + len(drawn.image)] = depth_picture(drawn.depth[:room])

@@ -22,6 +22,7 @@ class Plan:
     vae: Path | None
     gpus: int  # 0: the CPU
     smoke: bool = False
+    resume: Path | None = None  # a FLUX folder from which the base goes on
 
     def model(self) -> Path:
         """The base that the others are tuned from: this run's own, once it has learned something."""
@@ -55,7 +56,8 @@ class Recipe:
 
 
 def _base(plan: Plan, minutes: float) -> list[str]:
-    return ["--vae", str(plan.vae)] if plan.vae else []
+    go_on = [] if plan.smoke or plan.resume is None else [*_GO_ON, "--resume", str(plan.resume)]
+    return [*(["--vae", str(plan.vae)] if plan.vae else []), *go_on]
 
 
 def _sana(plan: Plan, minutes: float) -> list[str]:
@@ -79,6 +81,8 @@ def _set(*changes: str) -> tuple[str, ...]:
     return tuple(word for change in changes for word in ("--set", change))
 
 
+# Other pictures than the first run's, and a rate that does not undo what it learned.
+_GO_ON = ["--seed", "1", *_set("flow.lr=8e-4")]
 # Without a recorded step the base's pace is that of the processor, whatever the batch: so a larger batch costs nothing.
 _PLAIN = _set("flow.capture=false", "distill.capture=false", "flow.batch=448", "distill.batch=320")
 _LESS = _set("train.batch=128")
