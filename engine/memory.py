@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,12 +15,25 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers; tensors that share storage count once."""
+    """Bytes of a module's parameters and buffers; tensors that share storage count once.
+
+    Weights that other libraries quantized, and hold in parts (torchao) or with scales beside them (bitsandbytes),
+    count in full.
+    """
     storages: dict[int, int] = {}
     for tensor in [*module.parameters(), *module.buffers()]:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        for part in _parts(tensor):
+            storage = part.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def _parts(tensor: Any) -> list[torch.Tensor]:
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
+    state = getattr(tensor, "quant_state", None)
+    states = [held for held in (state, getattr(state, "state2", None)) if held is not None]
+    return [tensor, *(held.absmax for held in states)]
 
 
 class PeakMeter:
