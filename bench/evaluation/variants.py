@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from engine.memory import module_bytes
 from engine.models import loading
 from engine.models.catalogue import ModelSpec
 
-__all__ = ["RIVALS", "Variant", "load", "parse"]
+__all__ = ["RIVALS", "Variant", "check", "load", "parse"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,15 @@ def parse(text: str) -> Variant:
     if equals:
         return Variant(label, _kind(Path(rest)), activation or "auto", how == "compiled", rest)
     return Variant(text, rest, activation or "auto", how == "compiled")
+
+
+def check(variant: Variant, spec: ModelSpec) -> None:
+    """Raise ArgumentError or BackendError where `variant` cannot be loaded: before hours of work, not after."""
+    if variant.kind in RIVALS:
+        _library("bitsandbytes" if variant.kind == "nf4" else "torchao")
+    elif variant.checkpoint is None and variant.kind not in spec.precisions:
+        known = ", ".join((*spec.precisions, *RIVALS))
+        raise ArgumentError(f"precision: expected one of {known} for {spec.name}, got {variant.kind!r}")
 
 
 def load(variant: Variant, spec: ModelSpec, device: str, share: Engine | None = None) -> Engine:
@@ -119,10 +129,7 @@ def _block_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 def bitsandbytes(model: nn.Module, device: torch.device) -> None:
     """NF4 with 16-bit activations, in place."""
-    try:
-        import bitsandbytes as library  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise BackendError(f"nf4 needs bitsandbytes: pip install bitsandbytes ({error})") from error
+    library = _library("bitsandbytes")
     from engine.models.plan import replace_module
 
     for name, linear in _block_linears(model):
@@ -137,14 +144,14 @@ def bitsandbytes(model: nn.Module, device: torch.device) -> None:
 
 def torchao(model: nn.Module, device: torch.device) -> None:
     """INT4 weight-only in groups of 64, in place."""
-    quantization = _torchao()
+    quantization = _library("torchao").quantization
     config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=quantization.PerGroup(64))
     quantization.quantize_(model, config, filter_fn=_in_a_block)
 
 
 def torchao_fp8(model: nn.Module, device: torch.device) -> None:
     """FP8 with a scale a row for weights and activations, in place."""
-    quantization = _torchao()
+    quantization = _library("torchao").quantization
     config = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
     quantization.quantize_(model, config, filter_fn=_in_a_block)
 
@@ -156,12 +163,11 @@ RIVALS: dict[str, Callable[[nn.Module, torch.device], None]] = {
 }
 
 
-def _torchao() -> Any:
+def _library(name: str) -> Any:
     try:
-        import torchao.quantization as library  # pyright: ignore[reportMissingImports]
+        return importlib.import_module(name)
     except ImportError as error:
-        raise BackendError(f"int4wo and fp8 need torchao: pip install torchao ({error})") from error
-    return library
+        raise BackendError(f"{name} is needed to run its quantization: pip install {name} ({error})") from error
 
 
 def _in_a_block(module: nn.Module, name: str) -> bool:
