@@ -110,8 +110,6 @@ def score_all(
             references(prompts, kept / "references", about)
         results[prompts.name] = score(prompts, folders, metrics, models, kept, say)
         counts[prompts.name] = len(prompts.items)
-        plots.bars(prompts.name, results[prompts.name], options.out / f"{prompts.name}-figures.png")
-        plots.curves(prompts.name, results[prompts.name], options.out / f"{prompts.name}-psnr.png")
         plots.sheet(prompts, folders, options.out / f"{prompts.name}-examples.png")
     text = markdown(results, counts, about)
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
@@ -123,6 +121,12 @@ def score_all(
     write_json(options.out / "results.json", {"machine": about, "settings": settings, "rows": rows})
     write_text(options.out / "RESULTS.md", f"# {options.model}\n\n{text}")
     print(text)
+    try:
+        for name, columns in results.items():
+            plots.bars(name, columns, options.out / f"{name}-figures.png")
+            plots.curves(name, columns, options.out / f"{name}-psnr.png")
+    except ImportError as error:
+        say(f"no plots were drawn: pip install matplotlib ({error})")
 
 
 def references(prompts: Any, folder: Path, about: Any) -> None:

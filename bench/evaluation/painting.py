@@ -53,9 +53,9 @@ class Shard:
 
         from torch import distributed
 
-        if not distributed.is_initialized():
-            distributed.init_process_group("gloo", timeout=timedelta(days=2))
+        distributed.init_process_group("gloo", timeout=timedelta(days=2))
         distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def picture_path(folder: Path, item: Item) -> Path:

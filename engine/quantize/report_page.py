@@ -49,7 +49,7 @@ def page(report: Report, pictures: Path) -> str:
 def _head(report: Report, title: str) -> str:
     kept = f", {len(report.keep)} patterns kept in 16 bits" if report.keep else ""
     return (
-        f"<header><p class=over>Quality report</p><h1>{_text(title)}</h1>"
+        f"<header><p class=kicker>Quality report</p><h1>{_text(title)}</h1>"
         f"<p>4-bit SVDQuant checkpoint, rank {report.rank}{kept}, against its 16-bit model: the same prompts, the same"
         f" noise, {report.steps} steps.</p><p class=soft>{_text(report.device)} · {_text(report.date)}</p></header>"
     )

@@ -87,7 +87,8 @@ def test_scoring_needs_no_models(tmp_path: Path, prompts: Path):
     assert not (out / "RESULTS.md").exists()
     code = (
         "import sys\n"
-        "for name in ('diffusers', 'transformers', 'accelerate', 'gradio'): sys.modules[name] = None\n"
+        "for name in ('diffusers', 'transformers', 'safetensors', 'huggingface_hub', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
         "from bench import evaluate\n"
         f"raise SystemExit(evaluate.main({[*common, '--only', 'score']!r}))\n"
     )
@@ -96,6 +97,7 @@ def test_scoring_needs_no_models(tmp_path: Path, prompts: Path):
     )
     assert done.returncode == 0, done.stderr
     assert (out / "RESULTS.md").exists()
+    assert "pip install matplotlib" in done.stderr
 
 
 def test_scores_of_unfinished_painting_are_refused(tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]):
