@@ -121,7 +121,7 @@ class _Writer:
         from engine.generate import Engine
 
         distance = self._lpips() if lpips else None
-        exact = Engine.load(self.spec, "bf16", device=self.device)
+        exact = self._exact(Engine)
         bytes_16bit = exact.weight_bytes
 
         def painted(engine: Any, label: str, reference: Column | None) -> Column:
@@ -162,6 +162,17 @@ class _Writer:
             trial=trial,
             notes=self.notes,
         )
+
+    def _exact(self, engine_class: Any) -> Any:
+        import torch
+
+        try:
+            return engine_class.load(self.spec, "bf16", device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise BackendError(
+                f"device: the 16-bit {self.spec.title} does not fit into the GPU's memory; make the report with"
+                " --device cpu, or on a larger GPU"
+            ) from error
 
     def _layers(self, exact: Any, records: Sequence[LayerRecord] | None) -> tuple[list[LayerRecord], str]:
         path = records_path(self.checkpoint)

@@ -117,12 +117,15 @@ def _weight(model: nn.Module, group: LinearGroup, device: torch.device) -> Tenso
 
 
 def _naive_error(weight: Tensor, rows: Tensor, kind: str, precision: str) -> float:
-    """Round to nearest and nothing else: the weight, and for a layer with 4-bit activations its input too."""
+    """Round to nearest and nothing else: the weight, and for a layer with 4-bit activations its input too.
+
+    Inputs are rounded as W4A4 runs them here, to integers in groups of 64 whatever the weight's type is.
+    """
     rows = rows.float()
     if kind == "awq":
         return _relative(rows @ (_affine(weight) - weight).T, rows @ weight.T)
-    plain = _e2m1 if precision == "nvfp4" else _int4
-    return _relative(plain(rows) @ plain(weight).T - rows @ weight.T, rows @ weight.T)
+    rounded = _e2m1(weight) if precision == "nvfp4" else _int4(weight)
+    return _relative(_int4(rows) @ rounded.T - rows @ weight.T, rows @ weight.T)
 
 
 def _int4(values: Tensor) -> Tensor:

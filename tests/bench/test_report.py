@@ -22,6 +22,7 @@ from engine.models.catalogue import resolve
 from engine.quantize.records import FILE_NAME, LayerRecord, read_records, records_path, write_records
 from engine.quantize.report import Report, write_report
 from engine.quantize.report_advice import advise, put_back, role
+from engine.quantize.report_layers import _naive_error
 
 PROMPTS = ["a large red metal sphere left of a small blue cube", "two <b>cones</b> & a cube"]
 
@@ -124,6 +125,18 @@ def test_advice_takes_the_outliers_and_stops_at_the_size_limit():
 
 def test_roles_leave_out_the_number_of_the_block():
     assert role("transformer_blocks.11.ff.net.2") == "transformer_blocks.*.ff.net.2"
+
+
+@pytest.mark.parametrize(("precision", "step"), [("int4", 0.25), ("nvfp4", 0.5)])
+def test_plain_rounding_loses_nothing_on_its_own_grid(precision: str, step: float):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-4, 5, (32, 128), generator=generator).float() * step
+    weight[:, ::16] = {"int4": 7, "nvfp4": 6}[precision] * step  # every group reaches its largest value
+    rows = torch.randint(-7, 8, (16, 128), generator=generator).float()
+    rows[:, ::64] = 7
+    assert _naive_error(weight, rows, "svdq", precision) < 1e-6
+    assert _naive_error(weight + 0.1 * step, rows, "svdq", precision) > 0.005
+    assert _naive_error(weight + 0.1 * step, rows * 1.03 + 0.2, "awq", precision) < 0.1
 
 
 def broken(checkpoint: Path, to: Path, layer: str) -> Path:
