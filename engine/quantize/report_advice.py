@@ -29,27 +29,32 @@ RULE = (
 
 @dataclass(frozen=True)
 class Advice:
-    """Layers to keep in 16 bits, the patterns that keep them and the bytes that this costs."""
+    """Layers to keep in 16 bits, the patterns that keep them and the bytes that this costs.
+
+    `outliers` counts all layers above the rule's limits, whether they fit into its allowance or not.
+    """
 
     layers: tuple[str, ...]
     patterns: tuple[str, ...]
     added_bytes: int
+    outliers: int
 
 
 def advise(records: Sequence[LayerRecord], activation: str, checkpoint_bytes: int) -> Advice:
     """Apply `RULE` to the errors with the activations of the run ("w4a8" or "w4a4")."""
     ranked = sorted(records, key=lambda record: -error_of(record, activation))
     limit = max(_LEAST_ERROR, _TIMES_MEDIAN * median(error_of(r, activation) for r in records)) if records else 0.0
+    outliers = [record for record in ranked if error_of(record, activation) > limit]
     chosen: list[LayerRecord] = []
     added = 0
-    for record in ranked:
+    for record in outliers:
         more = added + _extra_bytes(record)
-        if error_of(record, activation) <= limit or more > _MOST_GROWTH * checkpoint_bytes:
+        if more > _MOST_GROWTH * checkpoint_bytes:
             break
         chosen.append(record)
         added = more
     names = tuple(name for record in chosen for name in (record.names or (record.name,)))
-    return Advice(tuple(record.name for record in chosen), names, added)
+    return Advice(tuple(record.name for record in chosen), names, added, len(outliers))
 
 
 def error_of(record: LayerRecord, activation: str) -> float:

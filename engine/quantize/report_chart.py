@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from statistics import median
 
@@ -13,7 +14,7 @@ __all__ = ["along_the_model", "layer_rows", "role_rows"]
 
 _SERIES = (("naive", "naive_error"), ("a4", "error_w4a4"), ("a8", "error_w4a8"))
 _HEIGHT, _LEFT, _TOP, _BOTTOM = 220, 44, 8, 20
-_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0)
+_TICKS = tuple(digit * 10.0**power for power in range(-4, 2) for digit in (1, 2, 5))
 
 
 def along_the_model(records: Sequence[LayerRecord]) -> str:
@@ -22,13 +23,15 @@ def along_the_model(records: Sequence[LayerRecord]) -> str:
         return ""
     gap = max(4.0, 1000 / len(records))
     width = _LEFT + gap * len(records) + 8
-    top = _largest(records)
-    down = lambda error: _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - error / top)  # noqa: E731
+    low, top = _smallest(records), _largest(records)
+    # Errors differ by factors, and one bad layer must not flatten all others: a logarithmic scale.
+    share = lambda error: math.log(max(error, low) / low) / math.log(top / low)  # noqa: E731
+    down = lambda error: _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - share(error))  # noqa: E731
     parts = []
-    for tick in _ticks(top):
+    for tick in (tick for tick in _TICKS if low <= tick <= top):
         y = down(tick)
         parts.append(f'<line x1="{_LEFT}" x2="{width:.0f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.0%}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{100 * tick:g}%</text>')
     for index, record in enumerate(records):
         x = _LEFT + gap * (index + 0.5)
         for name, field in _SERIES:
@@ -50,17 +53,19 @@ def role_rows(records: Sequence[LayerRecord]) -> str:
     groups: dict[str, list[LayerRecord]] = {}
     for record in records:
         groups.setdefault(role(record.name), []).append(record)
-    top = _largest(records)
     rows = ["<tr><th>Role</th><th>Layers</th><th class=wide>Median error: plain rounding, W4A4, W4A8</th></tr>"]
+    middles = {name: _middles(members) for name, members in groups.items()}
+    top = max([1e-6, *(value for found in middles.values() for value in found.values() if value is not None)])
     for name, members in groups.items():
-        middles = {}
-        for key, field in _SERIES:
-            values = [v for member in members if (v := getattr(member, field)) is not None]
-            middles[key] = median(values) if values else None
-        rows.append(
-            f"<tr><td><code>{_breakable(name)}</code></td><td>{len(members)}</td><td>{_bars(middles, top)}</td></tr>"
-        )
+        bars = _bars(middles[name], top)
+        rows.append(f"<tr><td><code>{_breakable(name)}</code></td><td>{len(members)}</td><td>{bars}</td></tr>")
     return "".join(rows)
+
+
+def _middles(records: Sequence[LayerRecord]) -> dict[str, float | None]:
+    """The median of each measure, over the records that have it."""
+    found = {key: [v for r in records if (v := getattr(r, field)) is not None] for key, field in _SERIES}
+    return {key: median(values) if values else None for key, values in found.items()}
 
 
 def layer_rows(records: Sequence[LayerRecord], activation: str, limit: int | None = None) -> str:
@@ -99,7 +104,6 @@ def _largest(records: Sequence[LayerRecord]) -> float:
     return max([*errors, 1e-6]) * 1.05
 
 
-def _ticks(top: float) -> list[float]:
-    """Three or four round values below the largest error."""
-    step = next((tick for tick in _TICKS if top / tick <= 4.5), top / 4)
-    return [step * count for count in range(int(top / step) + 1)]
+def _smallest(records: Sequence[LayerRecord]) -> float:
+    errors = [v for record in records for _, field in _SERIES if (v := getattr(record, field))]
+    return max(min([*errors, 1.0]), 1e-4) / 1.1

@@ -117,8 +117,13 @@ def _compared(after: Path, before: Path, column: Column, index: int) -> str:
 def _advice(report: Report) -> str:
     advice = report.advice
     if not advice.layers:
+        why = (
+            f"{advice.outliers} stand out, but the worst alone is too large."
+            if advice.outliers
+            else "No layer stands out."
+        )
         return (
-            "<section><h2>Layers to keep in 16 bits</h2><p><b>None.</b> No layer stands out.</p>"
+            f"<section><h2>Layers to keep in 16 bits</h2><p><b>None.</b> {why}</p>"
             f"<p class=soft>{report.rule}</p></section>"
         )
     patterns = " ".join(f"'{_text(pattern)}'" for pattern in advice.patterns)
@@ -146,7 +151,7 @@ def _layers(report: Report) -> str:
         f"<p class=soft>‖y − ŷ‖ / ‖y‖ of a layer's output, {_text(report.layers_source)}. Plain rounding is the nearest"
         " 4-bit value for weights and inputs alike, without smoothing and without the low-rank branch.</p>"
         "<p class=legend><span class=naive>plain rounding</span>"
-        "<span class=a4>W4A4</span><span class=a8>W4A8</span></p>"
+        "<span class=a4>W4A4</span><span class=a8>W4A8</span><em>logarithmic scale</em></p>"
         f"{along_the_model(report.layers)}<h3>By role</h3><table>{role_rows(report.layers)}</table>"
         f"<h3>The worst {min(_WORST, len(report.layers))}</h3><table>{head}{worst}</table>"
         f"<details><summary>All {len(report.layers)} layers</summary>"

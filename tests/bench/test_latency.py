@@ -46,6 +46,15 @@ def test_two_precisions_are_timed_and_told(tmp_path: Path, checkpoint: Path, cap
     assert text.count("| tiny | ") == 6
 
 
+def test_alone_holds_one_at_a_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    together = []
+    real = latency.measure_together
+    monkeypatch.setattr(latency, "measure_together", lambda *a: together.append(len(a[1])) or real(*a))
+    assert latency.main([*ARGUMENTS, "--mode", "step", "--alone", "--precisions", "bf16", "int4"]) == 0
+    assert together == [1, 1]
+    assert "timed one after the other" in capsys.readouterr().out
+
+
 def test_precisions_take_turns_after_warming_up(bf16: Engine):
     order: list[str] = []
 
