@@ -51,16 +51,13 @@ def run(options: argparse.Namespace) -> None:
     device = shard.device(options.device)
     sets = [read_set(text, options.count) for text in dict.fromkeys(options.prompts)]
     scoring = options.only != "paint" and not options.shard and shard.index == 0
-    models: dict[str, Any] = {}
-    metrics = list(dict.fromkeys(options.metrics))
-    if scoring:
-        settings = Settings(_score_device(device), options.clip, options.image_reward, options.probe)
-        models = prepare(metrics, sets, settings)
+    settings = Settings(_score_device(device), options.clip, options.image_reward, options.probe)
+    models = prepare(options.metrics, sets, settings) if scoring else {}
     if options.only != "score":
         paint_all(options, sets, shard, device)
         shard.wait_for_all()
     if scoring:
-        score_all(options, sets, metrics, models, device)
+        score_all(options, sets, models, settings)
 
 
 def paint_all(options: argparse.Namespace, sets: Sequence[Any], shard: Any, device: str) -> None:
@@ -89,9 +86,7 @@ def paint_all(options: argparse.Namespace, sets: Sequence[Any], shard: Any, devi
         _release()
 
 
-def score_all(
-    options: argparse.Namespace, sets: Sequence[Any], metrics: list[str], models: dict[str, Any], device: str
-) -> None:
+def score_all(options: argparse.Namespace, sets: Sequence[Any], models: dict[str, Any], settings: Any) -> None:
     """Score every set, then write the table, the JSON and the plots."""
     import torch
 
@@ -100,7 +95,7 @@ def score_all(
     from bench.evaluation.scores import score
     from bench.evaluation.table import figures, markdown
 
-    about = machine(torch.device(_score_device(device)))
+    about, metrics = machine(torch.device(settings.device)), list(dict.fromkeys(options.metrics))
     labels = [text.rpartition("=")[0] or text for text in dict.fromkeys(options.precisions)]
     results, counts = {}, {}
     for prompts in sets:
@@ -108,17 +103,17 @@ def score_all(
         folders = {label: kept / label for label in labels}
         if "fid" in metrics:
             references(prompts, kept / "references", about)
-        results[prompts.name] = score(prompts, folders, metrics, models, kept, say)
+        results[prompts.name] = score(prompts, folders, metrics, models, settings, kept, say)
         counts[prompts.name] = len(prompts.items)
         plots.sheet(prompts, folders, options.out / f"{prompts.name}-examples.png")
     text = markdown(results, counts, about)
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
+    asked = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
     rows = [
         {"set": name, "pictures": counts[name], "precision": column.precision, **figures(column)}
         for name, columns in results.items()
         for column in columns
     ]
-    write_json(options.out / "results.json", {"machine": about, "settings": settings, "rows": rows})
+    write_json(options.out / "results.json", {"machine": about, "settings": asked, "rows": rows})
     write_text(options.out / "RESULTS.md", f"# {options.model}\n\n{text}")
     print(text)
     try:

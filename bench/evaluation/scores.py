@@ -80,6 +80,7 @@ def score(
     folders: dict[str, Path],
     metrics: Sequence[str],
     models: dict[str, Any],
+    settings: Settings,
     kept: Path,
     tell: Callable[[str], None],
 ) -> list[Column]:
@@ -103,7 +104,8 @@ def score(
                 scorer = _scorer(metric, models, reference)
                 other = reference if metric in _PAIRS else None
                 path = kept / "scores" / f"{precision}.{metric}.json"
-                column.scores[metric] = _each(prompts.items, folder, other, scorer, path)
+                judge = {"clip": settings.clip, "image-reward": settings.image_reward}.get(metric, "")
+                column.scores[metric] = _each(prompts.items, folder, other, scorer, judge, path)
         columns.append(column)
     return columns
 
@@ -120,8 +122,10 @@ def _scorer(metric: str, models: dict[str, Any], reference: Path) -> Scorer:
     return pair
 
 
-def _each(items: Sequence[Item], folder: Path, other: Path | None, scorer: Scorer, path: Path) -> dict[str, float]:
-    """The score of every picture; those of pictures that did not change come from the file."""
+def _each(
+    items: Sequence[Item], folder: Path, other: Path | None, scorer: Scorer, judge: str, path: Path
+) -> dict[str, float]:
+    """The score of every picture; those of pictures, prompts and judges that did not change come from the file."""
     known = json.loads(path.read_text()) if path.is_file() else {}
     found: dict[str, list[Any]] = {}
     for item in items:
@@ -129,7 +133,8 @@ def _each(items: Sequence[Item], folder: Path, other: Path | None, scorer: Score
         missing = next((file for file in files if not file.is_file()), None)
         if missing:
             raise ArgumentError(f"--out: {missing} is missing: run without --only score until all are painted")
-        mark = "-".join(f"{file.stat().st_mtime_ns}.{file.stat().st_size}" for file in files)
+        states = [f"{file.stat().st_mtime_ns}.{file.stat().st_size}" for file in files]
+        mark = " ".join([*states, judge, item.prompt] if judge else states)
         if known.get(item.name, [None])[0] == mark:
             found[item.name] = known[item.name]
             continue

@@ -15,7 +15,7 @@ from PIL import Image
 
 from bench import evaluate
 from bench.evaluation.painting import Shard
-from bench.evaluation.scores import Column, Settings, prepare
+from bench.evaluation.scores import Column, Settings, prepare, score
 from bench.evaluation.sets import Item, PromptSet, read_set
 from bench.evaluation.table import figures, markdown
 from engine import ArgumentError
@@ -203,6 +203,23 @@ def test_clipscore_is_the_cosine_of_the_models_embeddings(tmp_path: Path):
     wanted = 100 * float(torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds))
     assert found[0] == pytest.approx(max(0.0, wanted), abs=1e-3)
     assert 0 <= found[1] <= 100
+
+
+def test_scores_are_kept_until_picture_prompt_or_judge_change(tmp_path: Path):
+    (tmp_path / "p").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "p" / "a.png")
+    asked: list[str] = []
+
+    def scored(prompt: str, judge: str) -> float:
+        prompts = PromptSet("s", [Item("a", prompt, 0)])
+        models = {"clip": lambda item, _: asked.append(item.prompt) or float(len(asked))}
+        settings = Settings(clip=judge)
+        column = score(prompts, {"p": tmp_path / "p"}, ["clip"], models, settings, tmp_path, lambda _: None)[0]
+        return column.scores["clip"]["a"]
+
+    assert [scored("one", "x"), scored("one", "x"), scored("two", "x"), scored("two", "y")] == [1, 1, 2, 3]
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "p" / "a.png")
+    assert scored("two", "y") == 4
 
 
 @pytest.mark.parametrize(
