@@ -21,6 +21,7 @@ __all__ = ["page"]
 _ASSETS = Path(__file__).parent / "report_assets"
 _LOSSLESS_UP_TO = 512  # pixels a side; above it a PNG of a whole set would make the page too heavy
 _WORST = 12
+_TRIED = 4  # pictures of the trial on the page; the folder holds all
 
 
 def page(report: Report, pictures: Path) -> str:
@@ -32,7 +33,7 @@ def page(report: Report, pictures: Path) -> str:
             _head(report, title),
             _tiles(report),
             _pictures(report, pictures),
-            _advice(report),
+            _advice(report, pictures),
             _layers(report),
             _made(report),
         )
@@ -114,7 +115,7 @@ def _compared(after: Path, before: Path, column: Column, index: int) -> str:
     )
 
 
-def _advice(report: Report) -> str:
+def _advice(report: Report, folder: Path) -> str:
     advice = report.advice
     if not advice.layers:
         why = (
@@ -127,8 +128,9 @@ def _advice(report: Report) -> str:
             f"<p class=soft>{report.rule}</p></section>"
         )
     patterns = " ".join(f"'{_text(pattern)}'" for pattern in advice.patterns)
-    gained = ""
+    gained = tried = ""
     if report.trial is not None:
+        tried = _trial(report.columns[0], report.trial, folder)
         before, after = report.columns[1].mean("psnr"), report.trial.mean("psnr")
         if before is not None and after is not None:
             gained = (
@@ -137,9 +139,18 @@ def _advice(report: Report) -> str:
             )
     names = "".join(f"<li><code>{_text(name)}</code></li>" for name in advice.layers)
     return (
-        f"<section><h2>Layers to keep in 16 bits</h2>{gained}<ul>{names}</ul>"
+        f"<section><h2>Layers to keep in 16 bits</h2>{gained}{tried}<ul>{names}</ul>"
         f"<pre><code>--keep-16bit {patterns}</code></pre><p class=soft>{report.rule}</p></section>"
     )
+
+
+def _trial(exact: Column, trial: Column, folder: Path) -> str:
+    """The pictures with the suggested layers in 16 bits, each over its 16-bit one."""
+    figures = [
+        _compared(folder / trial.pictures[index].file, folder / before.file, trial, index)
+        for index, before in enumerate(exact.pictures[:_TRIED])
+    ]
+    return f"<div class='row tried'>{''.join(figures)}</div>"
 
 
 def _layers(report: Report) -> str:
