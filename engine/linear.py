@@ -50,13 +50,21 @@ class SVDQuantLinear(nn.Module):
         self.in_features, self.out_features = linear.k, linear.n
         self.activation = activation
         self.dtype = dtype
-        self.mode = "int8" if activation == "w4a8" else ("uint4" if unsigned_input else "int4")
+        self.unsigned_input = unsigned_input
+        self.mode, backend = self._mode_on(backend)
         if self.mode == "uint4":
             linear = fold_gelu_shift(linear)
         self.own_rank = linear.rank
         self.branch_scale: Tensor | None = None
         self.bias_delta: Tensor | None = None
         self._hold(ops.pack(linear, backend, dtype))
+
+    def _mode_on(self, backend: str) -> tuple[str, str]:
+        """The activation mode, and the backend that offers it: `backend`, or `reference` where it does not."""
+        on_cuda = backend in ops.backends.CUDA_NAMES
+        if self.activation == "w4a8":
+            return ("fp8" if on_cuda else "int8"), backend
+        return ("uint4" if self.unsigned_input else "int4"), ("reference" if on_cuda else backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), in the dtype of x."""
@@ -111,7 +119,7 @@ class SVDQuantLinear(nn.Module):
         if device != probe.device:
             canonical = ops.unpack(self.packed)
             moved = {name: value.to(device) for name, value in vars(canonical).items() if isinstance(value, Tensor)}
-            backend = ops.backends.select(device).name
+            self.mode, backend = self._mode_on(ops.backends.select(device).name)
             self._hold(ops.pack(replace(canonical, **moved), backend, self.dtype))
         return self
 

@@ -1,6 +1,9 @@
 // Python's view of the CUDA kernels: addresses, sizes and a stream in, None or a sentence out. Loads without a driver.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "kernels.h"
 
@@ -27,6 +30,27 @@ Status dequantize(uintptr_t codes, uintptr_t scales, uintptr_t out, int64_t n, i
              at<void>(stream));
 }
 
+// Addresses and sizes come as tuples in the order of the struct's members: fewer arguments, the same cost.
+Status linear_fp8(const std::array<uintptr_t, 8>& a, const std::array<int64_t, 6>& sizes, int scale_dtype, int y_dtype,
+                  bool gelu, int tile, uintptr_t stream) {
+  return linear_fp8_sm90a(
+      {at<const uint8_t>(a[0]), at<const uint16_t>(a[1]), at<const uint16_t>(a[2]), at<const float>(a[3]),
+       at<const uint8_t>(a[4]), at<const float>(a[5]), at<const uint16_t>(a[6]), at<void>(a[7]), sizes[0], sizes[1],
+       sizes[2], sizes[3], sizes[4], sizes[5], DType(scale_dtype), DType(y_dtype), gelu, tile},
+      at<void>(stream));
+}
+
+Status quantize_fp8(uintptr_t x, int64_t m, int64_t k, int64_t x_stride, const std::array<uintptr_t, 5>& target,
+                    int64_t rank, uintptr_t stream) {
+  QuantizeFp8 p{};
+  p.x = at<const void>(x), p.m = m, p.k = k, p.x_stride = x_stride;
+  p.samples = 1, p.tokens_per_sample = m;
+  p.targets = 1;
+  p.target[0] = {at<const float>(target[0]), at<const void>(target[1]), at<uint8_t>(target[2]),
+                 at<float>(target[3]),       at<void>(target[4]),       rank};
+  return quantize_fp8_sm90a(p, at<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -35,4 +59,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("dequantize_int4_sm80", &dequantize<dequantize_int4_sm80>);
   m.def("dequantize_int4_sm90a", &dequantize<dequantize_int4_sm90a>);
   m.def("dequantize_int4_sm120a", &dequantize<dequantize_int4_sm120a>);
+  m.def("linear_fp8_sm90a", &linear_fp8);
+  m.def("quantize_fp8_sm90a", &quantize_fp8);
 }

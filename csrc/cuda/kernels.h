@@ -17,4 +17,76 @@ Status dequantize_int4_sm80(const DequantizeInt4&, void* stream);
 Status dequantize_int4_sm90a(const DequantizeInt4&, void* stream);
 Status dequantize_int4_sm120a(const DequantizeInt4&, void* stream);
 
+// y (M,N) = weights x tokens in W4A8 with e4m3 tokens: sum_g scale_w[g] dot_g, * scale_act, + up x low_rank, + bias.
+//   codes [N/64][K/64][128][16]: what thread t of a warpgroup feeds to wgmma; engine/ops/wgmma64.py draws it
+//   wscales [N/64][K/64][64] 16-bit; up (N,R) bf16; bias (N) fp32; act (M,k_valid) e4m3; act_scale (M) fp32
+//   low_rank (M,R) bf16. n and k are padded to multiples of 128, y has n_valid columns.
+struct LinearFp8 {
+  const uint8_t* codes;
+  const uint16_t *wscales, *up;
+  const float* bias;
+  const uint8_t* act;
+  const float* act_scale;
+  const uint16_t* low_rank;
+  void* y;
+  int64_t m, n, k, n_valid, k_valid, rank;
+  DType scale_dtype, y_dtype;
+  bool gelu;  // y = gelu(y), tanh form
+  int tile;   // tokens of a tile: 64, 128 or 176; 0 chooses
+};
+
+// A linear that reads the tokens of QuantizeFp8: inv_smooth (K) fp32 or null, down (R,K) bf16 -> codes (M,K) e4m3,
+// scales (M) fp32, low_rank (M,R) bf16.
+struct QuantizeTarget {
+  const float* inv_smooth;
+  const void* down;
+  uint8_t* codes;
+  float* scales;
+  void* low_rank;
+  int64_t rank;
+};
+
+// Tokens x (M,K) bf16, rows x_stride elements apart, for one or two linears. All of it but x and the targets optional:
+//   x += gate * (y [+ y2]), written to x_out;  x = LayerNorm(x) * (1 + scale) + shift
+// gate, scale, shift: (samples,K) bf16, rows mod_stride elements apart, one row for each tokens_per_sample tokens.
+struct QuantizeFp8 {
+  const void* x;
+  int64_t m, k, x_stride;
+  const void *y, *y2, *gate;
+  void* x_out;
+  const void *scale, *shift;
+  float eps;
+  int samples;
+  int64_t tokens_per_sample, mod_stride;
+  int targets;
+  QuantizeTarget target[2];
+};
+
+// What 8-bit attention reads, from the projections of a joint sequence: text tokens first, then the picture's. A row of
+// text or picture is q, k, v of all heads (3 * heads * 128 bf16). q, k: (batch * heads, tokens, 128) e4m3 after RMS
+// norm, rotation by cosine, sine (tokens,128) fp32 and qk_scale; v: (batch * heads, 128, padded_tokens), a multiple of
+// 128.
+struct AttentionInputs {
+  const void *text, *picture;
+  int64_t text_stride, picture_stride;
+  const void *text_norm_q, *text_norm_k, *norm_q, *norm_k;
+  const float *cosine, *sine;
+  uint8_t *q, *k, *v;
+  int batch, heads, tokens, text_tokens, padded_tokens;
+  float eps, qk_scale, v_scale;
+};
+
+// out (batch, tokens, heads * 128) bf16 = softmax(scale q k^T) v.
+struct Attention {
+  const uint8_t *q, *k, *v;
+  void* out;
+  int64_t batch, heads, tokens;
+  float scale, qk_scale, v_scale;
+};
+
+Status linear_fp8_sm90a(const LinearFp8&, void* stream);
+Status quantize_fp8_sm90a(const QuantizeFp8&, void* stream);
+Status attention_inputs_sm90a(const AttentionInputs&, void* stream);
+Status attention_sm90a(const Attention&, void* stream);
+
 }  // namespace nibble

@@ -10,3 +10,16 @@ def dequantize_int4_sm90a(
 def dequantize_int4_sm120a(
     codes: int, scales: int, out: int, n: int, k: int, dtype: int, stream: int, /
 ) -> str | None: ...
+def linear_fp8_sm90a(
+    addresses: tuple[int, ...],
+    sizes: tuple[int, ...],
+    scale_dtype: int,
+    y_dtype: int,
+    gelu: bool,
+    tile: int,
+    stream: int,
+    /,
+) -> str | None: ...
+def quantize_fp8_sm90a(
+    x: int, m: int, k: int, x_stride: int, target: tuple[int, ...], rank: int, stream: int, /
+) -> str | None: ...

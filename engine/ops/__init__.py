@@ -50,12 +50,13 @@ _awq_linear = torch.ops.nibble.awq_linear.default
 def quantize_act(x: Tensor, packed: PackedLinear, mode: str) -> QuantizedAct:
     """Smooth and quantize tokens, and take their low-rank projection, in one pass over x (..., K) of any strides.
 
-    mode "int8": one scale a token; "int4": one a token and 64 inputs, codes -8..7; "uint4": the same for GELU outputs,
-    lifted by GELU_SHIFT, codes 0..15. Tokens are flattened to M. The low-rank projection sees x as it is.
+    mode "int8": one scale a token; "int4": one a token and 64 inputs, codes -8..7; "uint4": the same for GELU
+    outputs, lifted by GELU_SHIFT, codes 0..15; "fp8": e4m3, one scale a token, for Hopper. Tokens are flattened to M.
+    The low-rank projection sees x as it is.
     Raises ArgumentError for a wrong shape, dtype, device or mode; BackendError if the backend cannot run here.
     """
     _check_tokens(x, packed)
-    _check_mode(mode)
+    _check_mode(mode, packed.backend)
     return QuantizedAct(*_quantize_act(x, packed.blob, packed.spec.key, mode))
 
 
@@ -72,7 +73,9 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
             raise ArgumentError(
                 f"act.{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}"
             )
-        dtype = torch.int8 if name == "codes" else torch.float32
+        dtype = torch.float32
+        if name == "codes":
+            dtype = torch.float8_e4m3fn if tensor.dtype == torch.float8_e4m3fn else torch.int8
         if tensor.dtype != dtype or tensor.device != packed.blob.device:
             raise ArgumentError(
                 f"act.{name}: expected {dtype} on {packed.blob.device}, got {tensor.dtype} on {tensor.device}"
@@ -88,7 +91,7 @@ def svdq_linear(x: Tensor, packed: PackedLinear, mode: str) -> Tensor:
     Raises ArgumentError and BackendError as quantize_act does.
     """
     _check_tokens(x, packed)
-    _check_mode(mode)
+    _check_mode(mode, packed.backend)
     return _svdq_linear(x, packed.blob, packed.spec.key, mode)
 
 
@@ -110,6 +113,7 @@ def _check_tokens(x: Tensor, packed: PackedLinear | PackedAwq) -> None:
         raise ArgumentError(f"x: expected a tensor on {packed.blob.device}, as the weights are, got {x.device}")
 
 
-def _check_mode(mode: str) -> None:
-    if mode not in MODES:
-        raise ArgumentError(f"mode: expected {', '.join(MODES)}, got {mode!r}")
+def _check_mode(mode: str, backend: str) -> None:
+    offered = tuple(MODES) if backend == "reference" else backends.modes(backend)
+    if mode not in offered:
+        raise ArgumentError(f"mode: expected {', '.join(offered)} on backend {backend}, got {mode!r}")

@@ -16,6 +16,7 @@ import torch
 from engine.errors import BackendError
 
 __all__ = [
+    "CUDA_NAMES",
     "NAMES",
     "BackendInfo",
     "TableRow",
@@ -23,6 +24,7 @@ __all__ = [
     "cpu_kernels",
     "cuda_kernels",
     "isa_index",
+    "modes",
     "select",
     "table",
 ]
@@ -32,6 +34,11 @@ _CPU = ("amx", "avx512", "avx2", "scalar")
 # Two more can be packed for but are never chosen: AVX-512 as it runs on processors without its BF16 instructions, and
 # the AMX code on emulated tiles. Tests and comparisons use them.
 NAMES = (*_CPU, "reference", "avx512_without_bf16", "amx_emulated")
+# Compiled for CUDA devices. They stand behind `reference` in the table, so that they run only where ENGINE_BACKEND
+# names them, until the whole path from here to the kernels has passed its tests on such a device.
+CUDA_NAMES = ("sm90a",)
+_CAPABILITY = {"sm90a": (9, 0)}
+_CUDA_MODES, _CPU_MODES = ("fp8",), ("int8", "int4", "uint4")
 
 
 class BackendInfo(NamedTuple):
@@ -67,6 +74,11 @@ def cpu_kernels() -> ModuleType:
     return module
 
 
+def modes(backend: str) -> tuple[str, ...]:
+    """Activation modes that the kernels of a compiled backend offer."""
+    return _CUDA_MODES if backend in CUDA_NAMES else _CPU_MODES
+
+
 def cuda_kernels() -> ModuleType | None:
     """The compiled CUDA module, or None where it was not built. Loads without a driver."""
     try:
@@ -94,7 +106,18 @@ def table(device: torch.device | str) -> tuple[TableRow, ...]:
         module, missing = _load_cpu()
         known = {} if module is None else {name: (runs, why) for name, runs, why in module.instruction_sets()}
         rows = [TableRow(name, *known.get(name, (False, missing))) for name in _CPU]
-    return (*rows, TableRow("reference", True, ""))
+        return (*rows, TableRow("reference", True, ""))
+    return (TableRow("reference", True, ""), *(_cuda_row(name, torch.device(device)) for name in CUDA_NAMES))
+
+
+def _cuda_row(name: str, device: torch.device) -> TableRow:
+    if cuda_kernels() is None:
+        return TableRow(name, False, "the CUDA kernels are not built (no nvcc was found at installation)")
+    if not torch.cuda.is_available():
+        return TableRow(name, False, "torch sees no CUDA device")
+    found, wanted = torch.cuda.get_device_capability(device), _CAPABILITY[name]
+    said = f"made for compute capability {wanted[0]}.{wanted[1]}, this device has {found[0]}.{found[1]}"
+    return TableRow(name, found == wanted, "" if found == wanted else said)
 
 
 def available(device: torch.device | str) -> tuple[BackendInfo, ...]:

@@ -1,7 +1,8 @@
 """Packed weights: one buffer a layer, tiled for a backend, and the way back to the canonical form.
 
-Two tilings exist. "plain" holds the canonical tensors one after another (backend `reference`). "panel16" serves every
+Three tilings exist. "plain" holds the canonical tensors one after another (backend `reference`). "panel16" serves every
 compiled CPU backend: 16 outputs side by side, in the order in which the inner loops read them (csrc/ops.h draws it).
+"wgmma64" is Hopper's (wgmma64.py draws it).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import ArgumentError
-from engine.ops.backends import NAMES
+from engine.ops import wgmma64
+from engine.ops.backends import CUDA_NAMES, NAMES
 from engine.ops.canonical import AwqWeight, CanonicalLinear, join_nibbles, split_nibbles
 
 __all__ = ["PackedAwq", "PackedLinear", "Section", "Spec", "pack", "pack_awq", "parse", "unpack", "unpack_awq"]
@@ -25,7 +27,7 @@ _DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn, "u8": torch.uint8
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_TILINGS = {"reference": "plain"}
+_TILINGS = {"reference": "plain", "sm90a": "wgmma64"}
 # Which tensors of a canonical weight travel, in this order, with their dtype (or "-") in the key.
 _FIELDS = {
     "svdq": ("codes", "wscales", "smooth", "lora_down", "lora_up", "bias", "wtscale", "wcscales"),
@@ -66,7 +68,7 @@ class Spec:
 
     @cached_property
     def tiling(self) -> str:
-        """ "plain" or "panel16"."""
+        """ "plain", "panel16" or "wgmma64"."""
         return _TILINGS.get(self.backend, "panel16")
 
     @cached_property
@@ -78,7 +80,7 @@ class Spec:
     @cached_property
     def sections(self) -> dict[str, Section]:
         """Every section of the buffer, in order."""
-        shapes = _panel16(self) if self.tiling == "panel16" else _plain(self)
+        shapes = {"plain": _plain, "panel16": _panel16, "wgmma64": _wgmma64}[self.tiling](self)
         sections, offset = {}, 0
         for name, (dtype, shape) in shapes.items():
             sections[name] = Section(offset, dtype, shape)
@@ -156,10 +158,11 @@ class PackedAwq(_Packed):
 def pack(linear: CanonicalLinear, backend: str, dtype: torch.dtype = torch.bfloat16) -> PackedLinear:
     """Tile `linear` for `backend`; `dtype` is that of the tokens the layer will see.
 
-    nvfp4 weights have no compiled CPU kernel: they are packed for `reference`, and the result's `backend` says so.
+    What a backend has no kernel for is packed for `reference`, and the result's `backend` says so: nvfp4 weights, and
+    on sm90a codes of -8 and low-rank factors that are not bfloat16.
     Raises ArgumentError for an unknown backend or dtype.
     """
-    if linear.kind == "nvfp4":
+    if linear.kind == "nvfp4" or (backend == "sm90a" and not _fits_wgmma64(linear)):
         backend = "reference"
     spec = _spec_of("svdq", linear, backend, dtype, linear.rank)
     blob = _empty(spec, linear.codes.device)
@@ -167,6 +170,9 @@ def pack(linear: CanonicalLinear, backend: str, dtype: torch.dtype = torch.bfloa
     if spec.tiling == "plain":
         for name, section in parts.items():
             section.of(blob).copy_(getattr(linear, name))
+        return PackedLinear(blob, spec, dtype)
+    if spec.tiling == "wgmma64":
+        _fill_wgmma64(linear, blob, parts)
         return PackedLinear(blob, spec, dtype)
     parts["codes"].of(blob).copy_(_tile_codes(split_nibbles(linear.codes) ^ 8))
     parts["scales"].of(blob).copy_(_tile_rows(linear.wscales))
@@ -185,6 +191,8 @@ def unpack(packed: PackedLinear) -> CanonicalLinear:
     spec, blob, parts = packed.spec, packed.blob, packed.spec.sections
     if spec.tiling == "plain":
         return CanonicalLinear(**{name: section.of(blob).clone() for name, section in parts.items()})
+    if spec.tiling == "wgmma64":
+        return _from_wgmma64(spec, blob)
     tensors = {
         "codes": join_nibbles(_untile_codes(parts["codes"].of(blob), spec.n) ^ 8),
         "wscales": _untile_rows(parts["scales"].of(blob), spec.n),
@@ -199,7 +207,11 @@ def unpack(packed: PackedLinear) -> CanonicalLinear:
 
 
 def pack_awq(weight: AwqWeight, backend: str, dtype: torch.dtype = torch.bfloat16) -> PackedAwq:
-    """Tile a weight-only linear for `backend`; `dtype` is that of the tokens. Raises ArgumentError as pack() does."""
+    """Tile a weight-only linear for `backend`; `dtype` is that of the tokens. Raises ArgumentError as pack() does.
+
+    sm90a has no kernel for it yet: it is packed for `reference`.
+    """
+    backend = "reference" if backend in CUDA_NAMES else backend
     spec = _spec_of("awq", weight, backend, dtype, 0)
     blob = _empty(spec, weight.codes.device)
     parts = spec.sections
@@ -227,8 +239,8 @@ def unpack_awq(packed: PackedAwq) -> AwqWeight:
 
 
 def _spec_of(family: str, weight: CanonicalLinear | AwqWeight, backend: str, dtype: torch.dtype, rank: int) -> Spec:
-    if backend not in NAMES:
-        raise ArgumentError(f"backend: expected one of {', '.join(NAMES)}, got {backend!r}")
+    if backend not in (*NAMES, *CUDA_NAMES):
+        raise ArgumentError(f"backend: expected one of {', '.join((*NAMES, *CUDA_NAMES))}, got {backend!r}")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ArgumentError(f"dtype: expected bfloat16, float16 or float32, got {dtype}")
     tensors = [getattr(weight, field) for field in _FIELDS[family]]
@@ -264,6 +276,52 @@ def _panel16(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         "bias": bias,
         "smooth": (torch.float32, (k,)),
     }
+
+
+def _wgmma64(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Sections in the order of LinearFp8 and QuantizeTarget in csrc/cuda/kernels.h; `smooth` is for the way back."""
+    n, k = (-(-size // wgmma64.GRAIN) * wgmma64.GRAIN for size in (spec.n, spec.k))
+    return {
+        "codes": (torch.uint8, (n // 64, k // 64, 128, 16)),
+        "scales": (spec.dtype_of["wscales"], (n // 64, k // 64, 64)),
+        "up": (torch.bfloat16, (n, spec.rank)),
+        "down": (torch.bfloat16, (spec.rank, spec.k)),
+        "inv_smooth": (torch.float32, (spec.k,)),
+        "bias": (torch.float32, (n,)),
+        "smooth": (torch.float32, (spec.k,)),
+    }
+
+
+def _fits_wgmma64(linear: CanonicalLinear) -> bool:
+    low_rank = linear.lora_down is None or linear.lora_down.dtype == torch.bfloat16
+    return low_rank and wgmma64.fits(split_nibbles(linear.codes))
+
+
+def _fill_wgmma64(linear: CanonicalLinear, blob: Tensor, parts: dict[str, Section]) -> None:
+    smooth = torch.ones(linear.k, device=blob.device) if linear.smooth is None else linear.smooth.float()
+    parts["codes"].of(blob).copy_(wgmma64.tile_codes(split_nibbles(linear.codes)))
+    parts["scales"].of(blob).copy_(wgmma64.tile_scales(linear.wscales))
+    parts["smooth"].of(blob).copy_(smooth)
+    parts["inv_smooth"].of(blob).copy_(1.0 / smooth)
+    if linear.bias is not None:
+        parts["bias"].of(blob)[: linear.n].copy_(linear.bias)
+    if linear.lora_down is not None and linear.lora_up is not None:
+        parts["up"].of(blob)[: linear.n].copy_(linear.lora_up)
+        parts["down"].of(blob).copy_(linear.lora_down)
+
+
+def _from_wgmma64(spec: Spec, blob: Tensor) -> CanonicalLinear:
+    section = {name: part.of(blob) for name, part in spec.sections.items()}
+    tensors = {
+        "codes": join_nibbles(wgmma64.untile_codes(section["codes"], spec.n, spec.k)),
+        "wscales": wgmma64.untile_scales(section["scales"], spec.n, spec.k),
+        "smooth": section["smooth"],
+        "bias": section["bias"][: spec.n],
+    }
+    if spec.rank:
+        tensors |= {"lora_up": section["up"][: spec.n], "lora_down": section["down"]}
+    kept = {name: value for name, value in tensors.items() if name in spec.dtype_of}
+    return CanonicalLinear(**{name: _own(value, spec.dtype_of[name]) for name, value in kept.items()})
 
 
 def _empty(spec: Spec, device: torch.device) -> Tensor:

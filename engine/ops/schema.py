@@ -6,10 +6,13 @@ call.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from engine.ops import cpu, reference
+from engine.ops import cpu, cuda, reference
+from engine.ops.backends import CUDA_NAMES
 from engine.ops.layout import PackedAwq, PackedLinear, Spec, parse, unpack, unpack_awq
 from engine.ops.reference import QuantizedAct
 
@@ -31,23 +34,28 @@ def _reference_linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: to
     return reference.linear(act, unpack(PackedLinear(blob, spec, out_dtype))).to(out_dtype)
 
 
+def _compiled(spec: Spec) -> ModuleType:
+    """The module that calls the kernels of a layer's backend."""
+    return cuda if spec.backend in CUDA_NAMES else cpu
+
+
 def _quantize_act(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor, Tensor, Tensor]:
     parsed = parse(spec)
-    run = _reference_quantize if parsed.backend == "reference" else cpu.quantize_act
+    run = _reference_quantize if parsed.backend == "reference" else _compiled(parsed).quantize_act
     codes, scales, low_rank = run(x, blob, parsed, mode)
     return codes, scales, low_rank
 
 
 def _linear(codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype) -> Tensor:
     parsed = parse(spec)
-    run = _reference_linear if parsed.backend == "reference" else cpu.linear
+    run = _reference_linear if parsed.backend == "reference" else _compiled(parsed).linear
     return run(QuantizedAct(codes, scales, low_rank), blob, parsed, out_dtype)
 
 
 def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str) -> Tensor:
     parsed = parse(spec)
     if parsed.backend != "reference":
-        return cpu.svdq_linear(x, blob, parsed, mode)
+        return _compiled(parsed).svdq_linear(x, blob, parsed, mode)
     act = _reference_quantize(x, blob, parsed, mode)
     return _reference_linear(act, blob, parsed, x.dtype).view(*x.shape[:-1], parsed.n)
 
@@ -71,9 +79,9 @@ for _name, _run in (
 def _(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor, Tensor, Tensor]:
     parsed = parse(spec)
     m = x.numel() // parsed.k
-    scales = (m,) if mode == "int8" else (m, parsed.k // 64)
+    scales = (m,) if mode in ("int8", "fp8") else (m, parsed.k // 64)
     return (
-        x.new_empty((m, parsed.k), dtype=torch.int8),
+        x.new_empty((m, parsed.k), dtype=torch.float8_e4m3fn if mode == "fp8" else torch.int8),
         x.new_empty(scales, dtype=torch.float32),
         x.new_empty((m, parsed.rank), dtype=torch.float32),
     )

@@ -45,7 +45,7 @@ Status attention_sm90a(const Attention& p, void* stream) {
   if (!p.tokens || !p.batch) return nullptr;
   if (!sm90a::encode()) return "this driver has no tensor maps (CUDA 12 or newer is needed)";
   const auto at = static_cast<cudaStream_t>(stream);
-  return p.groups == 3 ? launch<3>(p, at) : launch<2>(p, at);
+  return launch<2>(p, at);
 }
 
 }  // namespace nibble

@@ -14,7 +14,7 @@ namespace nibble::sm90a {
 constexpr int kHead = 128;  // elements of a head: one row of 128 bytes
 constexpr int kKeys = 128;  // keys of a tile
 constexpr int kTileBytes = kKeys * kHead;
-constexpr int kTiles = 4;             // in the ring, keys and values each
+constexpr int kTiles = 4;              // in the ring, keys and values each
 constexpr float kProbabilityBits = 8;  // probabilities are held as 2^8 p: e4m3 then reaches down to 2^-17
 
 template <int kGroups>
@@ -26,10 +26,10 @@ struct AttentionShape {
 };
 
 struct AttentionArgs {
-  int tokens, tiles;      // of the sequence; of keys
+  int tokens, tiles;  // of the sequence; of keys
   int heads;
-  float scale;            // log2(e) / sqrt(128), and what q and k are scaled by
-  float out_scale;        // undoes what v is scaled by
+  float scale;      // log2(e) / sqrt(128), and what q and k are scaled by
+  float out_scale;  // undoes what v is scaled by
 };
 
 template <int kGroups>
@@ -162,6 +162,23 @@ __device__ inline void group_sync(int group) {
   }
 }
 
+// The two warpgroups take turns at issuing products, so that one's exponentials run while the other's products do.
+__device__ inline void wait_for_turn(int group) {
+  if (group == 0) {
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+  } else {
+    asm volatile("bar.sync 2, 256;" ::: "memory");
+  }
+}
+
+__device__ inline void give_turn(int group) {
+  if (group == 0) {
+    asm volatile("bar.arrive 2, 256;" ::: "memory");
+  } else {
+    asm volatile("bar.arrive 1, 256;" ::: "memory");
+  }
+}
+
 template <int kGroups>
 __device__ void attention_multiply(const CUtensorMap& out, const AttentionArgs& p, AttentionRing<kGroups> at, int first,
                                    int head, int group) {
@@ -173,9 +190,12 @@ __device__ void attention_multiply(const CUtensorMap& out, const AttentionArgs& 
 #pragma unroll
   for (int i = 0; i < 64; ++i) s[i] = o[i] = 0.0f;
   const uint64_t query = operand_descriptor(at.query + group * 64 * kHead);
+  if (group == 1) give_turn(1);
   barrier_wait(at.query_full, 0);
   barrier_wait(at.keys_full, 0);
+  wait_for_turn(group);
   start_scores(s, query, operand_descriptor(at.keys));
+  if (group == 0 || p.tiles > 1) give_turn(group);
   wgmma_wait<0>();
   if (lane == 0) barrier_arrive(at.keys_empty);
   if (p.tokens < kKeys) mask(s, p.tokens, lane);
@@ -184,9 +204,11 @@ __device__ void attention_multiply(const CUtensorMap& out, const AttentionArgs& 
   for (int tile = 1; tile < p.tiles; ++tile) {
     const int stage = tile % kTiles, last = (tile - 1) % kTiles;
     barrier_wait(at.keys_full + stage * 8, tile / kTiles % 2);
+    wait_for_turn(group);
     start_scores(s, query, operand_descriptor(at.keys + stage * kTileBytes));
     barrier_wait(at.values_full + last * 8, (tile - 1) / kTiles % 2);
     start_values(o, probabilities, operand_descriptor(at.values + last * kTileBytes), tile > 1);
+    if (group == 0 || tile + 1 < p.tiles) give_turn(group);
     wgmma_wait<1>();
     if (lane == 0) barrier_arrive(at.keys_empty + stage * 8);
     if (p.tokens - tile * kKeys < kKeys) mask(s, p.tokens - tile * kKeys, lane);
@@ -257,7 +279,7 @@ __global__ void __launch_bounds__(AttentionShape<kGroups>::kThreads, 1)
     give_registers<24>();
     if (threadIdx.x == 0) attention_fetch<kGroups>(q, k, v, p, at, first, head);
   } else {
-    take_registers<kGroups == 3 ? 160 : 240>();
+    take_registers<240>();
     attention_multiply<kGroups>(out, p, at, first, head, role - 1);
   }
 }

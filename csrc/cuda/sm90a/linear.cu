@@ -37,10 +37,23 @@ Status launch(const LinearFp8& p, int clusters, cudaStream_t stream) {
   if (p.rank) made &= map_rows(&low_rank, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.low_rank, p.m, p.rank, kTokens / 2);
   if (boxed) made &= map_rows(&out, sixteen_bits(p.y_dtype), 2, p.y, p.m, p.n_valid, kTokens);
   if (!made) return "the driver refused to describe a tensor to the copy engine";
-  const Args args{p.codes, p.wscales, p.up, p.bias, p.act_scale, p.y, static_cast<int>(p.m),
-                  static_cast<int>(p.n_valid), static_cast<int>(panels), static_cast<int>(p.k / kInputs),
-                  static_cast<int>(p.rank), static_cast<int>(token_tiles), static_cast<int>(token_tiles * pairs),
-                  p.scale_dtype, p.y_dtype, boxed, p.gelu};
+  const Args args{p.codes,
+                  p.wscales,
+                  p.up,
+                  p.bias,
+                  p.act_scale,
+                  p.y,
+                  static_cast<int>(p.m),
+                  static_cast<int>(p.n_valid),
+                  static_cast<int>(panels),
+                  static_cast<int>(p.k / kInputs),
+                  static_cast<int>(p.rank),
+                  static_cast<int>(token_tiles),
+                  static_cast<int>(token_tiles * pairs),
+                  p.scale_dtype,
+                  p.y_dtype,
+                  boxed,
+                  p.gelu};
   cudaError_t error =
       cudaFuncSetAttribute(linear_fp8_kernel<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
   if (error != cudaSuccess) return cudaGetErrorString(error);
@@ -53,7 +66,7 @@ Status launch(const LinearFp8& p, int clusters, cudaStream_t stream) {
 // Rounds of tiles, in tokens: what the slowest cluster does. The constant stands for a tile's start and end.
 int64_t rounds(const LinearFp8& p, int tokens, int clusters) {
   const int64_t tiles = (p.m + tokens - 1) / tokens * ((p.n / sm90a::kRows + 3) / 4);
-  return (tiles + clusters - 1) / clusters * (tokens + 12);
+  return (tiles + clusters - 1) / clusters * (tokens + 24);
 }
 
 }  // namespace
@@ -63,15 +76,15 @@ Status linear_fp8_sm90a(const LinearFp8& p, void* stream) {
   if (!sm90a::encode()) return "this driver has no tensor maps (CUDA 12 or newer is needed)";
   const int clusters = multiprocessors() / 2;
   const auto at = static_cast<cudaStream_t>(stream);
-  const int tokens = p.tile ? p.tile
-                     : rounds(p, 64, clusters) < rounds(p, 128, clusters) &&
-                             rounds(p, 64, clusters) < rounds(p, 192, clusters)
-                         ? 64
-                     : rounds(p, 128, clusters) < rounds(p, 192, clusters) ? 128
-                                                                           : 192;
+  int tokens = p.tile ? static_cast<int>(p.tile) : 64;
+  if (!p.tile) {
+    for (const int wider : {128, 176}) {
+      if (rounds(p, wider, clusters) <= rounds(p, tokens, clusters)) tokens = wider;
+    }
+  }
   if (tokens == 64) return launch<64>(p, clusters, at);
   if (tokens == 128) return launch<128>(p, clusters, at);
-  return launch<192>(p, clusters, at);
+  return launch<176>(p, clusters, at);
 }
 
 }  // namespace nibble

@@ -3,7 +3,8 @@
 // Weights are the A operand of wgmma and come from registers: a 4-bit code in sign and magnitude becomes an e4m3 number
 // by a mask alone, because e4m3's subnormals and first normals are linear: byte 0b0000_0mmm is mmm * 2^-9. Tokens are
 // the B operand. A thread of D then holds two outputs and many tokens, so a group's scale is one register a row, and
-// promoting a partial sum of 64 inputs is one FMA an element. While one warpgroup promotes, the other multiplies.
+// promoting a partial sum of 64 inputs is one FMA an element. Two warpgroups take turns: one promotes while the other
+// multiplies. Left to themselves they fall into step, and the matrix units wait for both (half the speed, measured).
 //
 // A cluster of two CTAs shares a tile of tokens (each fetches half of it for both) and takes 128 outputs each: at
 // FP8's full rate a CTA alone would ask more of the L2 than it gives.
@@ -14,9 +15,9 @@
 
 namespace nibble::sm90a {
 
-constexpr int kThreads = 384;     // a warpgroup that fetches, two that multiply
-constexpr int kRows = 64;         // outputs of a warpgroup
-constexpr int kInputs = 128;      // of K, in one stage: a row of 128 bytes
+constexpr int kThreads = 384;  // a warpgroup that fetches, two that multiply
+constexpr int kRows = 64;      // outputs of a warpgroup
+constexpr int kInputs = 128;   // of K, in one stage: a row of 128 bytes
 constexpr int kCodeBytes = kRows * kInputs / 2;
 constexpr int kScaleBytes = kRows * (kInputs / 64) * 2;
 constexpr int kRanks = 64;        // of the low-rank branch, in one stage: a row of 128 bytes too
@@ -24,7 +25,7 @@ constexpr float kCodeUnit = 512;  // 2^9, what the mask leaves out
 
 template <int kTokens>
 struct Shape {
-  static constexpr int kStages = kTokens == 192 ? 5 : kTokens == 128 ? 7 : 8;
+  static constexpr int kStages = kTokens > 128 ? 5 : kTokens == 128 ? 7 : 8;
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kOutBytes = kTokens * kRows * 2;
   static constexpr int kShared = kStages * (kTokenBytes + 2 * kCodeBytes + 2 * kScaleBytes) + 2 * kOutBytes +
@@ -56,8 +57,9 @@ __device__ inline float scale_value(uint16_t bits, DType dtype) {
   return dtype == DType::bf16 ? __uint_as_float(uint32_t{bits} << 16) : __half2float(__ushort_as_half(bits));
 }
 
-__device__ inline uint32_t pair(float low, float high, DType dtype) {
-  if (dtype == DType::bf16) {
+template <bool kBfloat16>
+__device__ inline uint32_t pair(float low, float high) {
+  if constexpr (kBfloat16) {
     const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
     return reinterpret_cast<const uint32_t&>(v);
   }
@@ -95,8 +97,8 @@ struct Turn {
 };
 
 template <int kTokens>
-__device__ void fetch(const CUtensorMap& act, const CUtensorMap& low_rank, const Args& p, Stage<kTokens> at, int cluster,
-                      int clusters, uint32_t rank_in_cluster) {
+__device__ void fetch(const CUtensorMap& act, const CUtensorMap& low_rank, const Args& p, Stage<kTokens> at,
+                      int cluster, int clusters, uint32_t rank_in_cluster) {
   using S = Shape<kTokens>;
   constexpr int kHalf = kTokens / 2;
   Turn<S::kStages> turn;
@@ -130,9 +132,7 @@ __device__ void fetch(const CUtensorMap& act, const CUtensorMap& low_rank, const
 
 __device__ inline uint4 load_words(uint32_t address) {
   uint4 w;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-               : "r"(address));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "r"(address));
   return w;
 }
 
@@ -158,37 +158,67 @@ __device__ inline void widen(const uint4& w, uint32_t (&first)[4], uint32_t (&se
   }
 }
 
+// The turns of the two warpgroups: named barriers 3 and 4, which one waits at and the other arrives at.
+__device__ inline void wait_for_turn(int group) {
+  if (group == 0) {
+    asm volatile("bar.sync 3, 256;" ::: "memory");
+  } else {
+    asm volatile("bar.sync 4, 256;" ::: "memory");
+  }
+}
+
+__device__ inline void give_turn(int group) {
+  if (group == 0) {
+    asm volatile("bar.arrive 4, 256;" ::: "memory");
+  } else {
+    asm volatile("bar.arrive 3, 256;" ::: "memory");
+  }
+}
+
+// sum += scale * part, after a wait: the compiler knows nothing of products under way and would read `part` too early.
+template <int kCount>
+__device__ inline void promote(float (&part)[kCount], float low, float high, float (&sum)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(part[i])::"memory");
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sum[i] = fmaf(part[i], i & 2 ? high : low, sum[i]);
+}
+
+// `last`: no further tile follows, so the second warpgroup gives its last turn to nobody.
 template <int kTokens>
-__device__ void multiply(const Args& p, Stage<kTokens> at, Turn<Shape<kTokens>::kStages>& turn, int group,
+__device__ void multiply(const Args& p, Stage<kTokens> at, Turn<Shape<kTokens>::kStages>& turn, int group, bool last,
                          float (&sum)[kTokens / 2]) {
   using S = Shape<kTokens>;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const uint32_t row = (thread / 32 * 16 + lane / 4) * 2;
   float part[kTokens / 2];
 #pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) sum[i] = part[i] = 0.0f;
+  for (int i = 0; i < kTokens / 2; ++i) sum[i] = 0.0f;
   for (int step = 0; step < p.steps; ++step, turn.next()) {
-    barrier_wait(at.full + turn.stage * 8, turn.phase);
-    const uint32_t codes = at.codes + (turn.stage * 2 + group) * kCodeBytes + thread * 16;
-    const uint32_t scales = at.scales + (turn.stage * 2 + group) * kScaleBytes + row;
+    const int panel = turn.stage * 2 + group;
+    const uint32_t codes = at.codes + panel * kCodeBytes + thread * 16;
+    const uint32_t scales = at.scales + panel * kScaleBytes + row;
     const uint64_t tokens = operand_descriptor(at.tokens + turn.stage * S::kTokenBytes);
-    const uint4 words[2] = {load_words(codes), load_words(codes + kCodeBytes / 2)};
+    barrier_wait(at.full + turn.stage * 8, turn.phase);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t first[4], second[4];
-      widen(words[half], first, second);
+      widen(load_words(codes + half * (kCodeBytes / 2)), first, second);
       const float low = scale_value(load_half(scales + half * 128), p.scale_dtype);
       const float high = scale_value(load_half(scales + half * 128 + 16), p.scale_dtype);
       hold(first);
       hold(second);
+      wait_for_turn(group);
       wgmma_fence();
-      Wgmma<kTokens>::e4m3(part, first, tokens + half * 4, 0);
+      Wgmma<kTokens>::e4m3_new(part, first, tokens + half * 4);
+      wgmma_commit();
       Wgmma<kTokens>::e4m3(part, second, tokens + half * 4 + 2, 1);
       wgmma_commit();
-      wgmma_wait();
+      wgmma_wait<1>();  // the first of two: the other warpgroup's products get in line while the second runs
+      if (group == 0 || half == 0 || step + 1 < p.steps || !last) give_turn(group);
+      wgmma_wait<0>();
       if (half == 1 && lane < 2) barrier_arrive_at(at.empty + turn.stage * 8, lane);
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) sum[i] = fmaf(part[i], i & 2 ? high : low, sum[i]);
+      promote(part, low, high, sum);
     }
   }
 }
@@ -217,8 +247,8 @@ __device__ void add_low_rank(const Args& p, Stage<kTokens> at, Turn<Shape<kToken
   }
 }
 
-template <int kTokens>
-__device__ void store_boxed(const CUtensorMap& out, const Args& p, uint32_t buffer, int group, int panel, int token,
+template <int kTokens, bool kBfloat16>
+__device__ void store_boxed(const CUtensorMap& out, uint32_t buffer, int group, int panel, int token,
                             const float (&sum)[kTokens / 2]) {
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   if (thread == 0) store_wait_read();
@@ -229,8 +259,8 @@ __device__ void store_boxed(const CUtensorMap& out, const Args& p, uint32_t buff
 #pragma unroll
   for (int j = 0; j < kTokens / 8; j += 2) {
     const float* d = sum + 4 * j;
-    store_matrices_transposed(to + j * 1024, pair(d[0], d[1], p.y_dtype), pair(d[2], d[3], p.y_dtype),
-                              pair(d[4], d[5], p.y_dtype), pair(d[6], d[7], p.y_dtype));
+    store_matrices_transposed(to + j * 1024, pair<kBfloat16>(d[0], d[1]), pair<kBfloat16>(d[2], d[3]),
+                              pair<kBfloat16>(d[4], d[5]), pair<kBfloat16>(d[6], d[7]));
   }
   fence_async_shared();
   warpgroup_sync(group);
@@ -264,13 +294,14 @@ __device__ void compute(const CUtensorMap& out, const Args& p, Stage<kTokens> at
                         uint32_t rank_in_cluster, int group) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
   Turn<Shape<kTokens>::kStages> turn;
+  if (group == 1) give_turn(1);  // the first turn is the first warpgroup's
   for (int tile = cluster; tile < p.tiles; tile += clusters) {
     const int token = tile % p.token_tiles * kTokens;
     const int wanted = (tile / p.token_tiles * 2 + static_cast<int>(rank_in_cluster)) * 2 + group;
     const bool real = wanted < p.panels;
     const int panel = real ? wanted : 0;
     float sum[kTokens / 2];
-    multiply<kTokens>(p, at, turn, group, sum);
+    multiply<kTokens>(p, at, turn, group, tile + clusters >= p.tiles, sum);
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
       const int m = token + j * 8 + lane % 4 * 2;
@@ -291,8 +322,11 @@ __device__ void compute(const CUtensorMap& out, const Args& p, Stage<kTokens> at
       for (int i = 0; i < kTokens / 2; ++i) sum[i] = gelu(sum[i]);
     }
     if (!real) continue;
-    if (p.boxed) {
-      store_boxed<kTokens>(out, p, at.out + group * Shape<kTokens>::kOutBytes, group, panel, token, sum);
+    const uint32_t buffer = at.out + group * Shape<kTokens>::kOutBytes;
+    if (p.boxed && p.y_dtype == DType::bf16) {
+      store_boxed<kTokens, true>(out, buffer, group, panel, token, sum);
+    } else if (p.boxed) {
+      store_boxed<kTokens, false>(out, buffer, group, panel, token, sum);
     } else {
       store_plain<kTokens>(p, panel, token, sum);
     }

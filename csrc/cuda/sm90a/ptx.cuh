@@ -1,4 +1,5 @@
-// Hopper's own instructions, one small function each: barriers in shared memory, the bulk copy engine, warpgroup products.
+// Hopper's own instructions, one small function each: barriers in shared memory, the bulk copy engine, warpgroup
+// products.
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -12,7 +13,8 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// ---- barriers --------------------------------------------------------------------------------------------------------
+// ---- barriers
+// --------------------------------------------------------------------------------------------------------
 
 __device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
@@ -22,12 +24,13 @@ __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrive at the barrier that lies at the same place in CTA `cta` of the cluster.
+// Arrive at the barrier that lies at the same place in CTA `cta` of the cluster. It says that shared memory was read:
+// no write of this thread needs to be seen, and release at cluster scope would wait for all of device memory each time.
 __device__ inline void barrier_arrive_at(uint32_t barrier, uint32_t cta) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
       "r"(cta)
       : "memory");
 }
@@ -36,7 +39,7 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra finished;\n"
       "bra again;\n"
       "finished:\n}" ::"r"(barrier),
@@ -67,17 +70,17 @@ __device__ inline void warpgroup_sync(int group) {
   }
 }
 
-// ---- bulk copies -----------------------------------------------------------------------------------------------------
+// ---- bulk copies
+// -----------------------------------------------------------------------------------------------------
 
 __device__ inline void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 __device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-      "r"(bytes), "r"(barrier)
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
 }
 
 // One box of a 2-D tensor, to the same place in every CTA of `mask`; each one's barrier counts the bytes.
@@ -99,8 +102,8 @@ __device__ inline void store_box(const CUtensorMap* map, uint32_t from, int x, i
 // One box of a 3-D tensor, for this CTA.
 __device__ inline void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-          to),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+          "r"(to),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
@@ -142,7 +145,8 @@ __device__ inline void store_matrices_transposed(uint32_t to, uint32_t a, uint32
                : "memory");
 }
 
-// ---- registers and warpgroup products --------------------------------------------------------------------------------
+// ---- registers and warpgroup products
+// --------------------------------------------------------------------------------
 
 template <int kCount>
 __device__ inline void take_registers() {

@@ -9,9 +9,9 @@ Status quantize_fp8_sm90a(const QuantizeFp8& p, void* stream) {
   using namespace sm90a;
   if (!p.m) return nullptr;
   int clusters = 1;
-  while (clusters < 8 && (p.k / clusters > 1600) && p.k / clusters % 64 == 0) clusters *= 2;
+  while (clusters < 8 && p.k / clusters > 3200 && p.k / clusters % 64 == 0) clusters *= 2;
   const int64_t slice = p.k / clusters;
-  const size_t bytes = kQuantTokens * (slice * 2 + 16) + kQuantWarps * kQuantTokens * kRankChunk * 4;
+  const size_t bytes = kQuantTokens * (slice * 2 + 16) + kPartials * kQuantTokens * kRankChunk * 4;
   if (bytes > 220 * 1024) return "the inputs of a token do not fit into shared memory";
   cudaError_t error =
       cudaFuncSetAttribute(quantize_fp8_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));

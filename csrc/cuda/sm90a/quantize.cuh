@@ -1,23 +1,26 @@
-// Tokens for Hopper's W4A8 linear, in one read: [x + gate y,] [LayerNorm and modulation,] smoothing, e4m3 with one scale a
-// token, and the projection onto the low-rank branch. One pass serves up to two linears that read the same tokens.
+// Tokens for Hopper's W4A8 linear, in one read: [x + gate y,] [LayerNorm and modulation,] smoothing, e4m3 with one
+// scale a token, and the projection onto the low-rank branch. One pass serves up to two linears that read the same
+// tokens.
 //
-// A cluster of CTAs takes 32 tokens; each CTA keeps its slice of their inputs in shared memory. What needs a whole row
-// (mean, variance, largest value, projection) is summed slice by slice in the order of the cluster's ranks, so a result
-// has the same bits whatever runs beside it.
+// A CTA takes 16 tokens and keeps their inputs in shared memory; where a row is too long, a cluster of CTAs shares it,
+// a slice each. What needs a whole row (mean, variance, largest value, projection) is then summed slice by slice in the
+// order of the cluster's ranks, so a result has the same bits whatever runs beside it.
 #pragma once
 #include "../kernels.h"
 #include "ptx.cuh"
 
 namespace nibble::sm90a {
 
-constexpr int kQuantTokens = 32, kQuantThreads = 256, kQuantWarps = kQuantThreads / 32;
-constexpr int kRankChunk = 32;      // ranks projected at a time
+constexpr int kQuantTokens = 16, kQuantThreads = 256, kQuantWarps = kQuantThreads / 32;
+constexpr int kRowsAtOnce = kQuantTokens / kQuantWarps;  // of a warp: 2
+constexpr int kRankChunk = 32;                           // ranks projected at a time
+constexpr int kPartials = 4;                             // projections of so many warps are kept apart
 constexpr float kLargestE4m3 = 448;
 
 struct QuantShared {
-  float sums[2][kQuantTokens];          // of a slice: what the other CTAs of the cluster read
-  float whole[kQuantTokens];            // of the row
-  float spread[kQuantTokens];
+  float sums[2][kQuantTokens];     // of a slice: what the other CTAs of the cluster read
+  float largest[2][kQuantTokens];  // of a slice, for each target
+  float whole[kQuantTokens];       // of the row
   float projected[kQuantTokens][kRankChunk + 1];
 };
 
@@ -35,10 +38,11 @@ __device__ inline float read_remote(const float* local, uint32_t cta) {
 
 __device__ inline void multiply_16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                    uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ inline void unpack_two(uint32_t word, float& low, float& high) {
@@ -84,17 +88,28 @@ struct Slice {
   __device__ uint4& at(int token, int input) const {
     return *reinterpret_cast<uint4*>(rows + token * pitch + input * 2);
   }
-  __device__ int sample(int token) const { return (first_token + token) / p.tokens_per_sample; }
+  __device__ int row(int r) const { return warp + r * kQuantWarps; }
+  __device__ bool real(int t) const { return first_token + t < p.m; }
+  __device__ int64_t sample(int t) const {
+    return min(static_cast<int>((first_token + t) / p.tokens_per_sample), p.samples - 1);
+  }
+  __device__ void sync() const {
+    if (clusters > 1) {
+      cluster_sync();
+    } else {
+      __syncthreads();
+    }
+  }
 };
 
-// Sums (or largest values) of every row over the cluster, from sums[which] of each CTA into `whole`.
+// Sums (or largest values) of every row over the cluster, from `parts` of each CTA into `whole`.
 template <bool kLargest>
-__device__ void over_cluster(const Slice& s, int which) {
-  cluster_sync();
+__device__ void over_cluster(const Slice& s, const float (&parts)[kQuantTokens]) {
+  s.sync();
   if (threadIdx.x < kQuantTokens) {
     float all = 0.0f;
     for (int cta = 0; cta < s.clusters; ++cta) {
-      const float part = read_remote(&s.shared.sums[which][threadIdx.x], cta);
+      const float part = s.clusters > 1 ? read_remote(&parts[threadIdx.x], cta) : parts[threadIdx.x];
       all = kLargest ? fmaxf(all, part) : all + part;
     }
     s.shared.whole[threadIdx.x] = all;
@@ -102,77 +117,136 @@ __device__ void over_cluster(const Slice& s, int which) {
   __syncthreads();
 }
 
-// Load the slice; with a branch, x + gate (y + y2) goes to memory as well. Leaves row sums in sums[0].
+__device__ inline const uint4* vector_at(const void* base, int64_t element) {
+  return reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(base) + element);
+}
+
+// The largest values of |v / smooth| so far, for every target.
+__device__ inline void note_largest(const Slice& s, int i, const float (&v)[kRowsAtOnce][8],
+                                    float (&largest)[2][kRowsAtOnce]) {
+#pragma unroll
+  for (int target = 0; target < 2; ++target) {
+    if (target >= s.p.targets) break;
+    float by[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+    if (const float* inv = s.p.target[target].inv_smooth) {
+      const auto* from = reinterpret_cast<const float4*>(inv + s.first_input + i);
+      const float4 a = from[0], b = from[1];
+      by[0] = a.x, by[1] = a.y, by[2] = a.z, by[3] = a.w, by[4] = b.x, by[5] = b.y, by[6] = b.z, by[7] = b.w;
+    }
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) largest[target][r] = fmaxf(largest[target][r], fabsf(v[r][j] * by[j]));
+    }
+  }
+}
+
+__device__ inline void keep_largest(const Slice& s, const float (&largest)[2][kRowsAtOnce]) {
+#pragma unroll
+  for (int target = 0; target < 2; ++target) {
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const float all = warp_max(largest[target][r]);
+      if (s.lane == 0) s.shared.largest[target][s.row(r)] = all;
+    }
+  }
+}
+
+// v = x + gate (y + y2), rounded to 16 bits and written.
+__device__ inline void add_branch(const Slice& s, int t, int i, float (&v)[8]) {
+  const QuantizeFp8& p = s.p;
+  const int64_t at = int64_t{s.first_token + t} * p.k + s.first_input + i;
+  float added[8], gate[8];
+  unpack_eight(*vector_at(p.y, at), added);
+  unpack_eight(*vector_at(p.gate, s.sample(t) * p.mod_stride + s.first_input + i), gate);
+  if (p.y2) {
+    float more[8];
+    unpack_eight(*vector_at(p.y2, at), more);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) added[j] += more[j];
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) v[j] = __bfloat162float(__float2bfloat16_rn(fmaf(gate[j], added[j], v[j])));
+  *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.x_out) + at) = pack_eight(v);
+}
+
+// Load the slice. Leaves row sums in sums[0] where they will be normalized, else the largest values.
 __device__ inline void load_rows(const Slice& s) {
   const QuantizeFp8& p = s.p;
-  for (int t = s.warp; t < kQuantTokens; t += kQuantWarps) {
-    const int64_t token = s.first_token + t;
-    float sum = 0.0f;
-    for (int i = s.lane * 8; i < s.slice; i += 256) {
-      float v[8] = {};
-      if (token < p.m) {
-        const int64_t from = token * p.x_stride + s.first_input + i;
-        unpack_eight(*reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) + from), v);
-        if (p.y) {
-          const int64_t at = token * p.k + s.first_input + i;
-          const auto* gates = static_cast<const __nv_bfloat16*>(p.gate) + s.sample(t) * p.mod_stride;
-          float added[8], gate[8];
-          unpack_eight(*reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.y) + at), added);
-          unpack_eight(*reinterpret_cast<const uint4*>(gates + s.first_input + i), gate);
-          if (p.y2) {
-            float more[8];
-            unpack_eight(*reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.y2) + at), more);
+  float sum[kRowsAtOnce] = {}, largest[2][kRowsAtOnce] = {};
+#pragma unroll 2
+  for (int i = s.lane * 8; i < s.slice; i += 256) {
+    float v[kRowsAtOnce][8] = {};
+    uint4 raw[kRowsAtOnce] = {};
 #pragma unroll
-            for (int j = 0; j < 8; ++j) added[j] += more[j];
-          }
-#pragma unroll
-          for (int j = 0; j < 8; ++j) v[j] = __bfloat162float(__float2bfloat16_rn(fmaf(gate[j], added[j], v[j])));
-          *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.x_out) + at) = pack_eight(v);
-        }
-      }
-      s.at(t, i) = pack_eight(v);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sum += v[j];
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const int t = s.row(r);
+      if (s.real(t)) raw[r] = *vector_at(p.x, int64_t{s.first_token + t} * p.x_stride + s.first_input + i);
     }
-    sum = warp_sum(sum);
-    if (s.lane == 0) s.shared.sums[0][t] = sum;
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const int t = s.row(r);
+      unpack_eight(raw[r], v[r]);
+      if (p.y && s.real(t)) add_branch(s, t, i, v[r]);
+      s.at(t, i) = p.y ? pack_eight(v[r]) : raw[r];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[r] += v[r][j];
+    }
+    if (!p.scale) note_largest(s, i, v, largest);
+  }
+  if (!p.scale) keep_largest(s, largest);
+#pragma unroll
+  for (int r = 0; r < kRowsAtOnce; ++r) {
+    sum[r] = warp_sum(sum[r]);
+    if (s.lane == 0) s.shared.sums[0][s.row(r)] = sum[r];
   }
 }
 
 // LayerNorm without parameters, then h (1 + scale) + shift, in place.
 __device__ inline void normalize_rows(const Slice& s) {
   const QuantizeFp8& p = s.p;
-  over_cluster<false>(s, 0);
-  for (int t = s.warp; t < kQuantTokens; t += kQuantWarps) {
-    const float mean = s.shared.whole[t] / p.k;
-    float squares = 0.0f;
-    for (int i = s.lane * 8; i < s.slice; i += 256) {
+  over_cluster<false>(s, s.shared.sums[0]);
+  float mean[kRowsAtOnce], squares[kRowsAtOnce] = {}, inverse[kRowsAtOnce], largest[2][kRowsAtOnce] = {};
+#pragma unroll
+  for (int r = 0; r < kRowsAtOnce; ++r) mean[r] = s.shared.whole[s.row(r)] / p.k;
+#pragma unroll 3
+  for (int i = s.lane * 8; i < s.slice; i += 256) {
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
       float v[8];
-      unpack_eight(s.at(t, i), v);
+      unpack_eight(s.at(s.row(r), i), v);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) squares += (v[j] - mean) * (v[j] - mean);
-    }
-    squares = warp_sum(squares);
-    if (s.lane == 0) {
-      s.shared.sums[1][t] = squares;
-      s.shared.spread[t] = mean;
+      for (int j = 0; j < 8; ++j) squares[r] += (v[j] - mean[r]) * (v[j] - mean[r]);
     }
   }
-  over_cluster<false>(s, 1);
-  for (int t = s.warp; t < kQuantTokens; t += kQuantWarps) {
-    const float mean = s.shared.spread[t], inverse = rsqrtf(s.shared.whole[t] / p.k + p.eps);
-    const int64_t row = static_cast<int64_t>(min(s.sample(t), p.samples - 1)) * p.mod_stride + s.first_input;
-    for (int i = s.lane * 8; i < s.slice; i += 256) {
-      float v[8], scale[8], shift[8];
-      unpack_eight(s.at(t, i), v);
-      unpack_eight(*reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.scale) + row + i), scale);
-      unpack_eight(*reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.shift) + row + i), shift);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = fmaf((v[j] - mean) * inverse, 1.0f + scale[j], shift[j]);
-      s.at(t, i) = pack_eight(v);
-    }
+  for (int r = 0; r < kRowsAtOnce; ++r) {
+    squares[r] = warp_sum(squares[r]);
+    if (s.lane == 0) s.shared.sums[1][s.row(r)] = squares[r];
   }
-  __syncthreads();
+  over_cluster<false>(s, s.shared.sums[1]);
+#pragma unroll
+  for (int r = 0; r < kRowsAtOnce; ++r) inverse[r] = rsqrtf(s.shared.whole[s.row(r)] / p.k + p.eps);
+#pragma unroll 2
+  for (int i = s.lane * 8; i < s.slice; i += 256) {
+    float v[kRowsAtOnce][8];
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const int t = s.row(r);
+      const int64_t from = s.sample(t) * p.mod_stride + s.first_input + i;
+      float scale[8], shift[8];
+      unpack_eight(*vector_at(p.scale, from), scale);
+      unpack_eight(*vector_at(p.shift, from), shift);
+      unpack_eight(s.at(t, i), v[r]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[r][j] = fmaf((v[r][j] - mean[r]) * inverse[r], 1.0f + scale[j], shift[j]);
+      const uint4 rounded = pack_eight(v[r]);
+      s.at(t, i) = rounded;
+      unpack_eight(rounded, v[r]);
+    }
+    note_largest(s, i, v, largest);
+  }
+  keep_largest(s, largest);
 }
 
 __device__ inline uint32_t four_codes(const float* v, float by) {
@@ -194,30 +268,26 @@ __device__ inline void smoothed(const Slice& s, const float* inv_smooth, int t, 
   v[0] *= a.x, v[1] *= a.y, v[2] *= a.z, v[3] *= a.w, v[4] *= b.x, v[5] *= b.y, v[6] *= b.z, v[7] *= b.w;
 }
 
-__device__ inline void write_codes(const Slice& s, const QuantizeTarget& to, int which) {
-  for (int t = s.warp; t < kQuantTokens; t += kQuantWarps) {
-    float largest = 0.0f;
-    for (int i = s.lane * 8; i < s.slice; i += 256) {
-      float v[8];
-      smoothed(s, to.inv_smooth, t, i, v);
+__device__ inline void write_codes(const Slice& s, const QuantizeTarget& to, int target) {
+  over_cluster<true>(s, s.shared.largest[target]);
+  float by[kRowsAtOnce];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(v[j]));
+  for (int r = 0; r < kRowsAtOnce; ++r) {
+    const float largest = s.shared.whole[s.row(r)];
+    by[r] = largest < kTinyMax ? 0.0f : kLargestE4m3 / largest;
+    if (s.rank == 0 && s.lane == 0 && s.real(s.row(r))) {
+      to.scales[s.first_token + s.row(r)] = largest < kTinyMax ? 0.0f : largest * (1.0f / kLargestE4m3);
     }
-    largest = warp_max(largest);
-    if (s.lane == 0) s.shared.sums[which][t] = largest;
   }
-  over_cluster<true>(s, which);
-  for (int t = s.warp; t < kQuantTokens; t += kQuantWarps) {
-    const int64_t token = s.first_token + t;
-    if (token >= s.p.m) continue;
-    const float largest = s.shared.whole[t];
-    const float by = largest < kTinyMax ? 0.0f : kLargestE4m3 / largest;
-    if (s.rank == 0 && s.lane == 0) to.scales[token] = largest < kTinyMax ? 0.0f : largest * (1.0f / kLargestE4m3);
-    for (int i = s.lane * 8; i < s.slice; i += 256) {
+#pragma unroll 3
+  for (int i = s.lane * 8; i < s.slice; i += 256) {
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
       float v[8];
-      smoothed(s, to.inv_smooth, t, i, v);
-      *reinterpret_cast<uint2*>(to.codes + token * s.p.k + s.first_input + i) = {four_codes(v, by),
-                                                                                four_codes(v + 4, by)};
+      smoothed(s, to.inv_smooth, s.row(r), i, v);
+      if (!s.real(s.row(r))) continue;
+      *reinterpret_cast<uint2*>(to.codes + int64_t{s.first_token + s.row(r)} * s.p.k + s.first_input + i) = {
+          four_codes(v, by[r]), four_codes(v + 4, by[r])};
     }
   }
 }
@@ -225,78 +295,85 @@ __device__ inline void write_codes(const Slice& s, const QuantizeTarget& to, int
 // Projections of the slice onto 32 ranks: warps take runs of 32 inputs in turns, their sums meet in shared memory.
 // The 32 inputs of a run are dealt to the matrix units eight a lane: any order serves, if both operands keep to it.
 __device__ inline void project(const Slice& s, const QuantizeTarget& to, int first_rank, float* partial) {
-  float d[2][kRankChunk / 8][4] = {};
+  constexpr int kBlocks = kRankChunk / 8;
+  float d[kBlocks][4] = {};
   const int row = s.lane / 4, run = s.lane % 4 * 8;
+#pragma unroll 3
   for (int i = s.warp * 32; i < s.slice; i += kQuantWarps * 32) {
-    uint4 down[kRankChunk / 8];
+    uint4 down[kBlocks];
 #pragma unroll
-    for (int j = 0; j < kRankChunk / 8; ++j) {
+    for (int j = 0; j < kBlocks; ++j) {
       const int rank = first_rank + j * 8 + row;
-      const auto* from = static_cast<const __nv_bfloat16*>(to.down) + int64_t{rank} * s.p.k + s.first_input + i + run;
-      down[j] = rank < to.rank ? *reinterpret_cast<const uint4*>(from) : uint4{};
+      down[j] = rank < to.rank ? *vector_at(to.down, int64_t{rank} * s.p.k + s.first_input + i + run) : uint4{};
     }
+    const uint4 a = s.at(row, i + run), b = s.at(row + 8, i + run);
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      const uint4 a = s.at(tile * 16 + row, i + run), b = s.at(tile * 16 + row + 8, i + run);
-#pragma unroll
-      for (int j = 0; j < kRankChunk / 8; ++j) {
-        multiply_16(d[tile][j], a.x, b.x, a.y, b.y, down[j].x, down[j].y);
-        multiply_16(d[tile][j], a.z, b.z, a.w, b.w, down[j].z, down[j].w);
-      }
+    for (int j = 0; j < kBlocks; ++j) {
+      multiply_16(d[j], a.x, b.x, a.y, b.y, down[j].x, down[j].y);
+      multiply_16(d[j], a.z, b.z, a.w, b.w, down[j].z, down[j].w);
     }
   }
+  for (int round = 0; round < kQuantWarps / kPartials; ++round) {
+    if (s.warp / kPartials == round) {
 #pragma unroll
-  for (int tile = 0; tile < 2; ++tile) {
+      for (int j = 0; j < kBlocks; ++j) {
 #pragma unroll
-    for (int j = 0; j < kRankChunk / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = tile * 16 + row + i / 2 * 8, rank = j * 8 + s.lane % 4 * 2 + i % 2;
-        partial[(s.warp * kQuantTokens + token) * kRankChunk + rank] = d[tile][j][i];
+        for (int i = 0; i < 4; ++i) {
+          const int token = row + i / 2 * 8, rank = j * 8 + s.lane % 4 * 2 + i % 2;
+          float& sum = partial[(s.warp % kPartials * kQuantTokens + token) * kRankChunk + rank];
+          sum = round ? sum + d[j][i] : d[j][i];
+        }
       }
     }
+    __syncthreads();
   }
-  __syncthreads();
   for (int i = threadIdx.x; i < kQuantTokens * kRankChunk; i += kQuantThreads) {
     float sum = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < kQuantWarps; ++warp) sum += partial[warp * kQuantTokens * kRankChunk + i];
+    for (int part = 0; part < kPartials; ++part) sum += partial[part * kQuantTokens * kRankChunk + i];
     s.shared.projected[i / kRankChunk][i % kRankChunk] = sum;
   }
-  cluster_sync();
+  s.sync();
   // Each CTA finishes some of the tokens.
   const int share = kQuantTokens / s.clusters;
   for (int i = threadIdx.x; i < share * kRankChunk; i += kQuantThreads) {
     const int t = s.rank * share + i / kRankChunk, rank = first_rank + i % kRankChunk;
-    const int64_t token = s.first_token + t;
-    float sum = 0.0f;
-    for (int cta = 0; cta < s.clusters; ++cta) sum += read_remote(&s.shared.projected[t][i % kRankChunk], cta);
-    if (token < s.p.m && rank < to.rank) {
-      static_cast<__nv_bfloat16*>(to.low_rank)[token * to.rank + rank] = __float2bfloat16_rn(sum);
+    const float* mine = &s.shared.projected[t][i % kRankChunk];
+    float sum = s.clusters > 1 ? 0.0f : *mine;
+    for (int cta = 0; cta < s.clusters && s.clusters > 1; ++cta) sum += read_remote(mine, cta);
+    if (s.real(t) && rank < to.rank) {
+      static_cast<__nv_bfloat16*>(to.low_rank)[int64_t{s.first_token + t} * to.rank + rank] = __float2bfloat16_rn(sum);
     }
   }
-  cluster_sync();  // the others' sums may not change while somebody reads them
+  s.sync();  // the others' sums may not change while somebody reads them
 }
 
-__global__ void __launch_bounds__(kQuantThreads) quantize_fp8_kernel(const __grid_constant__ QuantizeFp8 p) {
+__global__ void __launch_bounds__(kQuantThreads, 2) quantize_fp8_kernel(const __grid_constant__ QuantizeFp8 p) {
   extern __shared__ __align__(16) uint8_t memory[];
   __shared__ QuantShared shared;
   uint32_t clusters;
   asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(clusters));
   const int rank = static_cast<int>(cluster_rank()), slice = static_cast<int>(p.k / clusters), pitch = slice * 2 + 16;
-  const Slice s{p, shared, memory, slice, rank * slice, static_cast<int>(blockIdx.x / clusters) * kQuantTokens, pitch,
-                static_cast<int>(clusters), rank, static_cast<int>(threadIdx.x / 32),
+  const Slice s{p,
+                shared,
+                memory,
+                slice,
+                rank * slice,
+                static_cast<int>(blockIdx.x / clusters) * kQuantTokens,
+                pitch,
+                static_cast<int>(clusters),
+                rank,
+                static_cast<int>(threadIdx.x / 32),
                 static_cast<int>(threadIdx.x % 32)};
   auto* partial = reinterpret_cast<float*>(memory + kQuantTokens * pitch);
   load_rows(s);
-  __syncthreads();
   if (p.scale) normalize_rows(s);
   for (int i = 0; i < p.targets; ++i) {
     const QuantizeTarget& to = p.target[i];
-    write_codes(s, to, i % 2);
+    write_codes(s, to, i);
     for (int first = 0; first < to.rank; first += kRankChunk) project(s, to, first, partial);
   }
-  cluster_sync();  // no CTA may go while another reads its sums
+  s.sync();  // no CTA may go while another reads its sums
 }
 
 }  // namespace nibble::sm90a

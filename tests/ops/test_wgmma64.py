@@ -1,0 +1,97 @@
+"""Hopper's tiling, without a Hopper: what a thread's masks and turns show must be the codes it is to multiply."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import ops
+from engine.errors import ArgumentError
+from engine.ops import wgmma64
+from tests.ops.cases import CASES, Case, random_linear
+
+
+def without_minus_eight(linear: ops.CanonicalLinear) -> ops.CanonicalLinear:
+    low, high = linear.codes & 15, linear.codes >> 4
+    codes = torch.where(low == 8, 9, low) | (torch.where(high == 8, 9, high) << 4)
+    return ops.CanonicalLinear(**vars(linear) | {"codes": codes.to(torch.uint8)})
+
+
+def as_e4m3(register: int) -> list[float]:
+    return torch.tensor([(register >> (8 * b)) & 255 for b in range(4)], dtype=torch.uint8).view(
+        torch.float8_e4m3fn
+    ).float().tolist()  # fmt: skip
+
+
+def seen_by_threads(tiles: Tensor) -> Tensor:
+    """What wgmma reads: fragments of m64k32 in e4m3, as the PTX manual lays them out, over all blocks."""
+    rows, columns = tiles.shape[:2]
+    out = torch.zeros(rows * 64, columns * 64)
+    words = tiles.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    for block in torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).tolist():
+        for thread in range(128):
+            warp, lane = divmod(thread, 32)
+            for index, word in enumerate(words[block[0], block[1], thread].tolist()):
+                row = block[0] * 64 + 16 * warp + lane // 4 + 8 * (index % 2)
+                column = block[1] * 64 + 16 * (index // 2) + 4 * (lane % 4)
+                turned = (word >> 4 | word << 28) & 0xFFFFFFFF
+                for step, register in enumerate((word & 0x87878787, turned & 0x87878787)):
+                    first = column + 32 * step
+                    out[row, first : first + 4] = torch.tensor(as_e4m3(register))
+    return out * 512
+
+
+def test_threads_see_the_codes():
+    nibbles = torch.randint(0, 16, (70, 192), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    nibbles[nibbles == 8] = 9
+    wanted = torch.zeros(128, 256)
+    wanted[:70, :192] = ((nibbles ^ 8).to(torch.int8) - 8).float()
+    assert torch.equal(seen_by_threads(wgmma64.tile_codes(nibbles)), wanted)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_packs_and_comes_back(case: Case):
+    linear = without_minus_eight(random_linear(case))
+    packed = ops.pack(linear, "sm90a")
+    assert packed.backend == "sm90a"
+    back = ops.unpack(packed)
+    for name, value in vars(linear).items():
+        other = getattr(back, name)
+        assert (value is None) == (other is None), name
+        assert value is None or torch.equal(value, other), name
+
+
+def test_what_has_no_form_goes_to_the_reference():
+    linear = without_minus_eight(random_linear(Case(1, 16, 64, 16)))
+    assert ops.pack(linear, "sm90a").backend == "sm90a"
+    codes = linear.codes.clone()
+    codes[3, 5] = 0x81  # -8 above 1
+    assert ops.pack(ops.CanonicalLinear(**vars(linear) | {"codes": codes}), "sm90a").backend == "reference"
+    half = {name: getattr(linear, name).half() for name in ("lora_down", "lora_up")}
+    assert ops.pack(ops.CanonicalLinear(**vars(linear) | half), "sm90a").backend == "reference"
+
+
+def test_memory_is_what_four_bits_need():
+    linear = without_minus_eight(random_linear(Case(1, 3072, 3072, 32)))
+    assert ops.pack(linear, "sm90a").nbytes <= 0.29 * 2 * 3072 * 3072
+
+
+def test_fp8_tokens_of_the_reference():
+    linear, x = random_linear(Case(1, 64, 256, 16)), torch.randn(9, 256, generator=torch.Generator().manual_seed(1))
+    packed = ops.pack(linear, "reference", torch.float32)
+    act = ops.quantize_act(x, packed, "fp8")
+    assert act.codes.dtype == torch.float8_e4m3fn
+    assert act.scales.shape == (9,)
+    smooth = linear.smooth
+    assert smooth is not None
+    error = (act.codes.float() * act.scales[:, None] - x / smooth.float()).abs()
+    assert (error <= (x / smooth.float()).abs() * 2.0**-4 + act.scales[:, None] * 2.0**-10).all()
+    y, exact = ops.svdq_linear(x, packed, "fp8"), ops.svdq_linear(x, packed, "int8")
+    assert torch.nn.functional.cosine_similarity(y.flatten(), exact.flatten(), dim=0) > 0.999
+
+
+def test_modes_belong_to_backends():
+    packed = ops.pack(random_linear(Case(1, 16, 64, 0)), "scalar")
+    with pytest.raises(ArgumentError, match="mode: expected int8, int4, uint4 on backend scalar, got 'fp8'"):
+        ops.svdq_linear(torch.zeros(1, 64), packed, "fp8")
