@@ -41,7 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=16, help="prompts of the file to use (default 16)")
     parser.add_argument("--rank", type=int, default=32, help="rank of the 16-bit branch, a multiple of 16 (default 32)")
     parser.add_argument("--rounds", type=int, default=8, help="rounds of refining branch and rounding (default 8)")
+    parser.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=True,
+                        help="let later inputs make up for what rounding loses (INT4; default on)")  # fmt: skip
     parser.add_argument("--keep-16bit", nargs="*", default=[], metavar="PATTERN", help="linears to leave in 16 bits")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write a quality report (HTML, JSON) there as well")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:index]")
     return parser
 
@@ -64,7 +67,7 @@ def _quantize(args: argparse.Namespace) -> None:
             bars[stage] = tqdm(total=total, desc=stage, file=sys.stderr)
         bars[stage].update(done - bars[stage].n)
 
-    recipe = Recipe(precision=args.precision, rank=args.rank, rounds=args.rounds)
+    recipe = Recipe(precision=args.precision, rank=args.rank, rounds=args.rounds, gptq=args.gptq)
     report = quantize_model(
         args.model,
         args.out,
@@ -81,6 +84,11 @@ def _quantize(args: argparse.Namespace) -> None:
     print("largest relative output errors:")
     for row in sorted(report, key=lambda row: -row.error)[:8]:
         print(f"  {row.error:6.3f}  {row.kind:<5} {row.name}")
+    if args.report:
+        from engine.quantize.report import write_report
+
+        write_report(args.report, model=args.model, checkpoint=args.out, device=args.device, progress=None)
+        print(f"quality report: {args.report / 'index.html'}")
 
 
 def _prompts(file: Path | None, samples: int) -> list[str]:

@@ -10,17 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine import ops
+from engine.quantize.gptq import gptq_int4
 from engine.quantize.lowrank import low_rank
 from engine.quantize.nvfp4 import round_nvfp4
 from engine.quantize.rounding import GROUP, pack_nibbles, round_affine, round_int4
 from engine.quantize.smooth import candidates
+
+_GPTQ_ROUNDS = 3
 
 __all__ = ["Inputs", "Quantized", "Recipe", "quantize_group", "quantize_weight_only"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize: 4-bit type, rank, smoothing strengths to try, refinement rounds, stored 16-bit type."""
+    """How to quantize: 4-bit type, rank, smoothing strengths to try, refinement rounds, stored 16-bit type.
+
+    `gptq` rounds INT4 residuals by GPTQ once branch and rounding have settled.
+    """
 
     precision: Literal["int4", "nvfp4"] = "int4"
     rank: int = 32
@@ -29,6 +35,7 @@ class Recipe:
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
     damping: float = 0.01
+    gptq: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,8 @@ def _branch_and_round(
         if error < least:
             least, best = error, (stored, up, down)
     assert best is not None
+    if recipe.gptq and recipe.precision == "int4" and rounds > 1:
+        best = _with_gptq(target, root, importance, smooth, recipe, best, least)
     stored, up, down = best
     return ops.CanonicalLinear(
         **stored,
@@ -109,6 +118,27 @@ def _branch_and_round(
         lora_up=up.to(recipe.dtype) if recipe.rank else None,
         bias=None,
     )
+
+
+_Branch = tuple[dict[str, Tensor], Tensor, Tensor]  # stored residual, up, down
+
+
+def _with_gptq(
+    target: Tensor, root: Tensor, importance: Tensor, smooth: Tensor, recipe: Recipe, best: _Branch, least: float
+) -> _Branch:
+    """Round what the best branch leaves by GPTQ, fit the branch to that once more, and keep what is better."""
+    up, down = best[1:]
+    for _ in range(_GPTQ_ROUNDS):
+        branch = up @ (down * smooth)
+        codes, scales, rounded = gptq_int4(target - branch, root, importance, recipe.dtype)
+        error = float(((target - rounded - branch) @ root).norm())
+        if error >= least:
+            break
+        least, best = error, ({"codes": pack_nibbles(codes), "wscales": scales}, up, down)
+        if not recipe.rank:
+            break
+        up, down = _store(*low_rank(target - rounded, recipe.rank, root, recipe.seed), smooth, recipe.dtype)
+    return best
 
 
 def _round(residual: Tensor, importance: Tensor, recipe: Recipe) -> tuple[dict[str, Tensor], Tensor]:

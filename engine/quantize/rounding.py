@@ -18,7 +18,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 
 def round_int4(weight: Tensor, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Round `weight` (N, K) to signed codes -8..7; returns codes int8 (N, K), scales (N, K/64) and the rounded weight.
+    """Round `weight` (N, K) to signed codes -7..7; returns codes int8 (N, K), scales (N, K/64) and the rounded weight.
 
     Each group tries several clipping ratios of its largest value and keeps the one with the least squared error
     weighted by `importance` (K), the mean square of the input channel; then the scale is refitted to its codes.
@@ -81,7 +81,7 @@ class _Best:
 def _round_at(groups: Tensor, scales: Tensor, cost: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     # The scale is rounded first, so the codes are chosen for the value that will be stored.
     scales = _positive(scales.to(dtype).float())
-    codes = (groups / scales).round().clamp(-8, 7)
+    codes = (groups / scales).round().clamp(-7, 7)  # as published files: kernels may hold a code as sign and magnitude
     error = (cost * (groups - codes * scales) ** 2).sum(-1, keepdim=True)
     return codes, scales, error
 
