@@ -20,6 +20,7 @@ _ABOUT = {
     "avx2": "AVX2",
     "scalar": "compiled, without vector instructions",
     "sm90a": "Hopper (H100, H200), W4A8; new, taken where ENGINE_BACKEND=sm90a says so",
+    "sm80": "Ampere and later, W4A4 and W4A8 by integers; new, taken where ENGINE_BACKEND=sm80 says so",
     "reference": "plain torch: right everywhere, slow",
 }
 _PACKAGES = ("torch", "diffusers", "transformers", "gradio", "safetensors")

@@ -61,10 +61,11 @@ class SVDQuantLinear(nn.Module):
 
     def _mode_on(self, backend: str) -> tuple[str, str]:
         """The activation mode, and the backend that offers it: `backend`, or `reference` where it does not."""
-        on_cuda = backend in ops.backends.CUDA_NAMES
+        modes = ops.backends.modes(backend)
         if self.activation == "w4a8":
-            return ("fp8" if on_cuda else "int8"), backend
-        return ("uint4" if self.unsigned_input else "int4"), ("reference" if on_cuda else backend)
+            return ("int8" if "int8" in modes else "fp8"), backend
+        mode = "uint4" if self.unsigned_input else "int4"
+        return mode, (backend if mode in modes else "reference")
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), in the dtype of x."""

@@ -51,6 +51,50 @@ Status quantize_fp8(uintptr_t x, int64_t m, int64_t k, int64_t x_stride, const s
   return quantize_fp8_sm90a(p, at<void>(stream));
 }
 
+// A layer in panel16 tiles: addresses of codes, scales, up, down, inv_smooth, bias; then n, k, rank; then the types of
+// scales and low-rank factors.
+using Parts = std::array<uintptr_t, 6>;
+using Sizes = std::array<int64_t, 5>;
+
+Weight weight(const Parts& at_, const Sizes& sizes) {
+  return {at<const uint8_t>(at_[0]),
+          at<const uint16_t>(at_[1]),
+          at<const uint16_t>(at_[2]),
+          at<const uint16_t>(at_[3]),
+          at<const float>(at_[4]),
+          at<const float>(at_[5]),
+          sizes[0],
+          sizes[1],
+          sizes[2],
+          DType(sizes[3]),
+          DType(sizes[4])};
+}
+
+Status quantize_act(const Parts& parts, const Sizes& sizes, uintptr_t x, int x_dtype, int64_t x_stride, int64_t m,
+                    int mode, uintptr_t codes, uintptr_t scales, uintptr_t low_rank, uintptr_t stream) {
+  const Weight w = weight(parts, sizes);
+  return quantize_act_sm80({&w, at<const void>(x), m, x_stride, DType(x_dtype), ActMode(mode), at<int8_t>(codes),
+                            at<float>(scales), at<float>(low_rank)},
+                           at<void>(stream));
+}
+
+Status linear(const Parts& parts, const Sizes& sizes, uintptr_t codes, uintptr_t scales, uintptr_t low_rank, int64_t m,
+              int mode, uintptr_t y, int y_dtype, uintptr_t stream) {
+  const Weight w = weight(parts, sizes);
+  return linear_sm80({&w, at<const int8_t>(codes), at<const float>(scales), at<const float>(low_rank), m, ActMode(mode),
+                      at<void>(y), DType(y_dtype)},
+                     at<void>(stream));
+}
+
+// parts: codes, scales, zeros, bias; sizes: n, k, type of scales and zeros.
+Status awq_linear(const std::array<uintptr_t, 4>& parts, const std::array<int64_t, 3>& sizes, uintptr_t x,
+                  int64_t x_stride, int64_t m, uintptr_t y, int y_dtype, uintptr_t stream) {
+  return awq_linear_sm80({at<const uint8_t>(parts[0]), at<const uint16_t>(parts[1]), at<const uint16_t>(parts[2]),
+                          at<const float>(parts[3]), sizes[0], sizes[1], DType(sizes[2]), at<const float>(x), m,
+                          x_stride, at<void>(y), DType(y_dtype)},
+                         at<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -59,6 +103,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("dequantize_int4_sm80", &dequantize<dequantize_int4_sm80>);
   m.def("dequantize_int4_sm90a", &dequantize<dequantize_int4_sm90a>);
   m.def("dequantize_int4_sm120a", &dequantize<dequantize_int4_sm120a>);
+  m.def("quantize_act_sm80", &quantize_act);
+  m.def("linear_sm80", &linear);
+  m.def("awq_linear_sm80", &awq_linear);
   m.def("linear_fp8_sm90a", &linear_fp8);
   m.def("quantize_fp8_sm90a", &quantize_fp8);
 }

@@ -84,6 +84,12 @@ struct Attention {
   float scale, qk_scale, v_scale;
 };
 
+// Ampere and everything after it, on the layouts of ops.h ("panel16"): pointers there are device memory. Rows of x, and
+// of token codes, begin on 16-byte borders.
+Status quantize_act_sm80(const QuantizeAct&, void* stream);
+Status linear_sm80(const Linear&, void* stream);
+Status awq_linear_sm80(const AwqLinear&, void* stream);
+
 Status linear_fp8_sm90a(const LinearFp8&, void* stream);
 Status quantize_fp8_sm90a(const QuantizeFp8&, void* stream);
 Status attention_inputs_sm90a(const AttentionInputs&, void* stream);

@@ -23,3 +23,33 @@ def linear_fp8_sm90a(
 def quantize_fp8_sm90a(
     x: int, m: int, k: int, x_stride: int, target: tuple[int, ...], rank: int, stream: int, /
 ) -> str | None: ...
+def quantize_act_sm80(
+    parts: tuple[int, ...],
+    sizes: tuple[int, ...],
+    x: int,
+    x_dtype: int,
+    x_stride: int,
+    m: int,
+    mode: int,
+    codes: int,
+    scales: int,
+    low_rank: int,
+    stream: int,
+    /,
+) -> str | None: ...
+def linear_sm80(
+    parts: tuple[int, ...],
+    sizes: tuple[int, ...],
+    codes: int,
+    scales: int,
+    low_rank: int,
+    m: int,
+    mode: int,
+    y: int,
+    y_dtype: int,
+    stream: int,
+    /,
+) -> str | None: ...
+def awq_linear_sm80(
+    parts: tuple[int, ...], sizes: tuple[int, ...], x: int, x_stride: int, m: int, y: int, y_dtype: int, stream: int, /
+) -> str | None: ...

@@ -36,9 +36,9 @@ _CPU = ("amx", "avx512", "avx2", "scalar")
 NAMES = (*_CPU, "reference", "avx512_without_bf16", "amx_emulated")
 # Compiled for CUDA devices. They stand behind `reference` in the table, so that they run only where ENGINE_BACKEND
 # names them, until the whole path from here to the kernels has passed its tests on such a device.
-CUDA_NAMES = ("sm90a",)
-_CAPABILITY = {"sm90a": (9, 0)}
-_CUDA_MODES, _CPU_MODES = ("fp8",), ("int8", "int4", "uint4")
+CUDA_NAMES = ("sm90a", "sm80")
+_CAPABILITY = {"sm90a": (9, 0), "sm80": (8, 0)}
+_FP8_MODES, _INTEGER_MODES = ("fp8",), ("int8", "int4", "uint4")
 
 
 class BackendInfo(NamedTuple):
@@ -76,7 +76,7 @@ def cpu_kernels() -> ModuleType:
 
 def modes(backend: str) -> tuple[str, ...]:
     """Activation modes that the kernels of a compiled backend offer."""
-    return _CUDA_MODES if backend in CUDA_NAMES else _CPU_MODES
+    return _FP8_MODES if backend == "sm90a" else _INTEGER_MODES
 
 
 def cuda_kernels() -> ModuleType | None:
@@ -116,8 +116,9 @@ def _cuda_row(name: str, device: torch.device) -> TableRow:
     if not torch.cuda.is_available():
         return TableRow(name, False, "torch sees no CUDA device")
     found, wanted = torch.cuda.get_device_capability(device), _CAPABILITY[name]
+    runs = found >= wanted if name == "sm80" else found == wanted
     said = f"made for compute capability {wanted[0]}.{wanted[1]}, this device has {found[0]}.{found[1]}"
-    return TableRow(name, found == wanted, "" if found == wanted else said)
+    return TableRow(name, runs, "" if runs else said)
 
 
 def available(device: torch.device | str) -> tuple[BackendInfo, ...]:

@@ -1,6 +1,6 @@
 """Calls the compiled CUDA kernels: allocates with torch, passes addresses and the stream, raises what they answer.
 
-One backend so far: "sm90a" (H100, H200), W4A8 with e4m3 tokens (mode "fp8").
+Backend "sm90a" (H100, H200): W4A8 with e4m3 tokens (mode "fp8"). sm80.py calls those for other devices.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from engine.ops.backends import cuda_kernels
 from engine.ops.layout import Spec
 from engine.ops.reference import QuantizedAct
 
-__all__ = ["linear", "quantize_act", "svdq_linear"]
+__all__ = ["check", "kernels", "linear", "quantize_act", "svdq_linear"]
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum DType in csrc/ops.h
 
 
-def _kernels() -> Any:
+def kernels() -> Any:
+    """The compiled CUDA module. Raises BackendError where it is missing."""
     module = cuda_kernels()
     if module is None:
         raise BackendError("the CUDA kernels are not built; install with -C cmake.define.CUDA=ON where nvcc is")
     return module
 
 
-def _check(status: str | None) -> None:
+def check(status: str | None) -> None:
+    """Raise BackendError with what a launch answered, if it failed."""
     if status is not None:
         raise BackendError(f"a CUDA kernel could not run: {status}")
 
@@ -58,7 +60,7 @@ def _quantize(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> tuple[Tensor, T
     )
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        _check(_kernels().quantize_fp8_sm90a(rows.data_ptr(), m, spec.k, rows.stride(0), target, spec.rank, stream))
+        check(kernels().quantize_fp8_sm90a(rows.data_ptr(), m, spec.k, rows.stride(0), target, spec.rank, stream))
     return codes, scales, low_rank
 
 
@@ -75,7 +77,7 @@ def _multiply(
     with torch.cuda.device(codes.device):
         stream = torch.cuda.current_stream().cuda_stream
         scale_dtype = DTYPES[parts["scales"].dtype]
-        _check(_kernels().linear_fp8_sm90a(addresses, sizes, scale_dtype, DTYPES[out_dtype], False, 0, stream))
+        check(kernels().linear_fp8_sm90a(addresses, sizes, scale_dtype, DTYPES[out_dtype], False, 0, stream))
     return y
 
 

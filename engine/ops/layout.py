@@ -1,8 +1,8 @@
 """Packed weights: one buffer a layer, tiled for a backend, and the way back to the canonical form.
 
 Three tilings exist. "plain" holds the canonical tensors one after another (backend `reference`). "panel16" serves every
-compiled CPU backend: 16 outputs side by side, in the order in which the inner loops read them (csrc/ops.h draws it).
-"wgmma64" is Hopper's (wgmma64.py draws it).
+compiled CPU backend and sm80: 16 outputs side by side, in the order in which the inner loops read them (csrc/ops.h
+draws it). "wgmma64" is Hopper's (wgmma64.py draws it).
 """
 
 from __future__ import annotations
@@ -209,9 +209,9 @@ def unpack(packed: PackedLinear) -> CanonicalLinear:
 def pack_awq(weight: AwqWeight, backend: str, dtype: torch.dtype = torch.bfloat16) -> PackedAwq:
     """Tile a weight-only linear for `backend`; `dtype` is that of the tokens. Raises ArgumentError as pack() does.
 
-    sm90a has no kernel for it yet: it is packed for `reference`.
+    sm90a has no kernel of its own for it: it is packed for `reference`.
     """
-    backend = "reference" if backend in CUDA_NAMES else backend
+    backend = "reference" if backend == "sm90a" else backend
     spec = _spec_of("awq", weight, backend, dtype, 0)
     blob = _empty(spec, weight.codes.device)
     parts = spec.sections

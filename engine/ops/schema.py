@@ -11,8 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from engine.ops import cpu, cuda, reference
-from engine.ops.backends import CUDA_NAMES
+from engine.ops import cpu, cuda, reference, sm80
 from engine.ops.layout import PackedAwq, PackedLinear, Spec, parse, unpack, unpack_awq
 from engine.ops.reference import QuantizedAct
 
@@ -36,7 +35,7 @@ def _reference_linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: to
 
 def _compiled(spec: Spec) -> ModuleType:
     """The module that calls the kernels of a layer's backend."""
-    return cuda if spec.backend in CUDA_NAMES else cpu
+    return {"sm90a": cuda, "sm80": sm80}.get(spec.backend, cpu)
 
 
 def _quantize_act(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +62,7 @@ def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str) -> Tensor:
 def _awq_linear(x: Tensor, blob: Tensor, spec: str) -> Tensor:
     parsed = parse(spec)
     if parsed.backend != "reference":
-        return cpu.awq_linear(x, blob, parsed)
+        return (sm80 if parsed.backend == "sm80" else cpu).awq_linear(x, blob, parsed)
     weight = unpack_awq(PackedAwq(blob, parsed, x.dtype))
     return reference.awq_linear(x.reshape(-1, parsed.k), weight).to(x.dtype).view(*x.shape[:-1], parsed.n)
 

@@ -20,7 +20,7 @@ cases = st.builds(
     rank=st.sampled_from((0, 16, 48)),
 )
 half = st.sampled_from((torch.bfloat16, torch.float16))
-backends = st.sampled_from(("avx512", "amx", "avx2", "scalar", "reference"))
+backends = st.sampled_from(("avx512", "amx", "avx2", "scalar", "sm80", "reference"))
 
 
 def assert_same_bits(one: ops.CanonicalLinear | ops.AwqWeight, other: ops.CanonicalLinear | ops.AwqWeight) -> None:
