@@ -57,11 +57,28 @@ def pipeline(spec: ModelSpec, transformer: Any, device: torch.device, share: Any
             if isinstance(part, torch.nn.Module) and part is not transformer:
                 part.to(device).eval().requires_grad_(False)
         if device.type == "cpu":
-            # A CPU without 16-bit arithmetic is many times slower at BF16 convolutions, and loses accuracy for nothing.
-            torch.nn.Module.to(pipe.vae, torch.float32)  # diffusers' own `to` warns of what it does not do
+            settle_vae_on_cpu(pipe.vae)
     pipe.set_progress_bar_config(disable=True)
     family(spec.family).runner.settle(pipe)
     return pipe
+
+
+def settle_vae_on_cpu(vae: torch.nn.Module) -> None:
+    """Give the VAE the number format in which this CPU is fast.
+
+    With BF16 instructions that is BF16, channels last: 45 ms a picture of 256x256 instead of 103 on two Zen 4 cores,
+    65 dB from the float32 picture. Without them BF16 convolutions are many times slower than float32's.
+    """
+    if has_bf16_instructions():
+        vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    else:
+        torch.nn.Module.to(vae, torch.float32)  # diffusers' own `to` warns of what it does not do
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this CPU multiplies BF16 itself (AVX512-BF16; processors with AMX have it too)."""
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(known and known())
 
 
 def _checkpoint_path(spec: ModelSpec, precision: str) -> Path:

@@ -181,3 +181,14 @@ def test_engines_run_alike_at_any_thread_count(int4: Engine):
 
 def test_the_catalogue_knows_the_shipped_folder():
     assert resolve(CATALOGUE["tiny"].source).name == "tiny"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_vae_on_a_cpu_takes_the_format_the_processor_knows(native: bool, monkeypatch: pytest.MonkeyPatch):
+    from engine.models import loading
+
+    monkeypatch.setattr(loading, "has_bf16_instructions", lambda: native)
+    vae = torch.nn.Conv2d(4, 4, 3, dtype=torch.bfloat16)
+    loading.settle_vae_on_cpu(vae)
+    assert vae.weight.dtype == (torch.bfloat16 if native else torch.float32)
+    assert vae.weight.is_contiguous(memory_format=torch.channels_last) == native

@@ -213,13 +213,18 @@ def test_an_engine_makes_true_sizes_and_the_same_picture_again(engines: tuple[En
 def test_a_run_is_what_the_unmodified_pipeline_makes(folder: Path, engines: tuple[Engine, Engine]):
     from diffusers import SanaPipeline
 
+    from engine.models.loading import settle_vae_on_cpu
+
     ours = engines[0].run(Request(PROMPT, seed=3, steps=2, guidance=4.5, width=256, height=256))
     pipe = SanaPipeline.from_pretrained(folder, dtype=torch.bfloat16)
-    torch.nn.Module.to(pipe.vae, torch.float32)
+    settle_vae_on_cpu(pipe.vae)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(PROMPT, num_inference_steps=2, guidance_scale=4.5, width=256, height=256,
                   generator=torch.Generator().manual_seed(3), use_resolution_binning=False).images[0]  # fmt: skip
-    assert ours.image.tobytes() == theirs.tobytes()
+    # Where the VAE runs in BF16 the pipeline scales latents and pixels in BF16 as well; the engine does so in float32.
+    apart = torch.tensor(list(ours.image.tobytes()), dtype=torch.int16) - torch.tensor(list(theirs.tobytes()))
+    assert apart.abs().max() <= (0 if pipe.vae.dtype == torch.float32 else 6)
+    assert apart.abs().float().mean() < 1
 
 
 def test_perturbed_attention_guidance_in_both_precisions(folder: Path):
