@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import RequestError
 from engine.models.catalogue import ModelSpec, Range
+from engine.placing import place
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -140,7 +141,7 @@ class Result:
         try:
             with os.fdopen(handle, "wb") as file:
                 self.image.save(file, format="PNG", pnginfo=info)
-            Path(partial).replace(path)
+            place(Path(partial), path)
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise

@@ -13,7 +13,6 @@ from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import CheckpointError
@@ -113,15 +112,20 @@ def write_shards(
 ) -> None:
     """Write `tensors` into `folder` as shards of at most `max_bytes` each plus an index.
 
-    A new folder is filled beside the old one and takes its place at the end, so a reader never sees half of it.
+    A new folder is filled beside the old one and takes its place at the end, so a reader never sees half of it. The
+    same tensors and metadata give the same bytes (safetensors' own writer puts metadata in any order).
     """
+    from engine.checkpoint.writer import FileWriter  # which takes names from this module
+
     folder = Path(folder)
     shards = _split(tensors, max_bytes)
     with replacing(folder) as partial:
         where: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            save_file({name: tensors[name].contiguous() for name in shard}, partial / file, metadata=dict(metadata))
+            with FileWriter(partial / file, len(shard), metadata=metadata) as writer:
+                for name in shard:
+                    writer.add(name, tensors[name])
             where.update(dict.fromkeys(shard, file))
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total, **metadata}, "weight_map": dict(sorted(where.items()))}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.checkpoint.files import INDEX_NAME
 from engine.errors import CheckpointError
+from engine.placing import place
 
 __all__ = ["FileWriter", "FolderWriter"]
 
@@ -111,10 +112,7 @@ class FileWriter:
                 raise CheckpointError(f"{self.path}: the header needs {len(header)} bytes, {self._room} were set aside")
             self._file.seek(0)
             self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        umask = os.umask(0)
-        os.umask(umask)
-        self._partial.chmod(0o666 & ~umask)
-        os.replace(self._partial, self.path)
+        place(self._partial, self.path)
 
 
 class FolderWriter:

@@ -57,6 +57,10 @@ def _quantize(args: argparse.Namespace) -> None:
 
     if args.rank < 0 or args.rank % 16:
         raise ArgumentError(f"--rank: expected a multiple of 16 from 0 up, got {args.rank}")
+    if args.gptq and (args.precision != "int4" or args.rounds < 2):
+        why = "for INT4 only" if args.precision != "int4" else "only with --rounds 2 or more"
+        print(f"engine.quantize: GPTQ is {why}; going on without it", file=sys.stderr)
+        args.gptq = False
     if args.samples < 1 or args.rounds < 1:
         raise ArgumentError(f"--samples and --rounds: expected 1 or more, got {args.samples} and {args.rounds}")
     prompts = _prompts(args.calib, args.samples)

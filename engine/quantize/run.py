@@ -63,7 +63,9 @@ def quantize_model(
     tensors = {name: value.cpu() for name, value in transformer.state_dict().items()}
     report = []
     for done, group in enumerate(groups, start=1):
-        report.append(_quantize(transformer, group, inputs[group], recipe, tensors))
+        # Without data every group's inputs are a matrix of K x K: one at a time, or they outgrow the model.
+        seen = inputs.get(group) or _unknown(transformer, group, engine.device)
+        report.append(_quantize(transformer, group, seen, recipe, tensors))
         tell("quantizing", done, len(groups))
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     group_size = 64 if recipe.precision == "int4" else 16
@@ -84,9 +86,11 @@ def _inputs(
 ) -> dict[LinearGroup, Inputs]:
     if prompts:
         return collect(engine, transformer, groups, prompts, lambda done: tell("calibrating", done, len(prompts)))
-    return {
-        group: Inputs.unknown(get_linear(transformer, group.names[0]).in_features, engine.device) for group in groups
-    }
+    return {}
+
+
+def _unknown(transformer: Any, group: LinearGroup, device: torch.device) -> Inputs:
+    return Inputs.unknown(get_linear(transformer, group.names[0]).in_features, device)
 
 
 def _quantize(

@@ -131,3 +131,17 @@ def test_weight_only_reports_the_error_it_makes(weight: torch.Tensor):
     exact = inputs.rows @ weight.T
     assert relative(inputs.rows @ ops.canonical.dequantize_awq(value).T, exact) == pytest.approx(error, rel=1e-3)
     assert error < 0.11
+
+
+def test_a_folder_of_shards_has_the_same_bytes_again(tmp_path):
+    from engine.checkpoint.files import write_shards
+
+    draw = torch.Generator().manual_seed(0)
+    tensors = {f"t{i}": torch.randn(3 + i, 16, generator=draw) for i in range(6)}
+    metadata = {f"key{i}": "x" * i for i in range(8)}
+    for name in ("a", "b"):
+        write_shards(tmp_path / name, tensors, metadata, max_bytes=800)
+    first, second = (sorted((tmp_path / name).iterdir()) for name in ("a", "b"))
+    assert [path.name for path in first] == [path.name for path in second]
+    assert len(first) > 2
+    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(first, second, strict=True))
