@@ -1,13 +1,15 @@
 """Tune a finished base to a condition beside the noisy picture: LoRA, flow matching, and guidance kept alive.
 
 The base is distilled: it is told a guidance g and answers with the guided velocity. Tuned on plain data at random g it
-would forget that, so the target is made guided, from the model under training itself:
+would forget that. So training has two parts. First every picture has g = 1, plain data, with the prompt left out now and
+then. Then a copy of the model as it stands is kept as the teacher, and half of each batch has g drawn from a range:
 
-    target(g) = (e - x_0) + (g - 1) (v(prompt, condition, 1) - v(no prompt, condition, 1))
+    target(g) = (e - x_0) + (g - 1) (v(prompt, condition, 1) - v(no prompt, condition, 1)),    v of the teacher
 
-Half of each batch has g = 1, plain data, with the prompt left out now and then; half has g drawn from a range. Both
-terms of the difference see the condition, so guidance strengthens what the prompt says (colours, materials) and does
-not pull the layout away from the condition, which the base's own guidance would do.
+Both terms of the difference see the condition, so guidance strengthens what the prompt says (colours, materials) and
+does not pull the layout away from the condition, which the base's own guidance would do. The teacher stands still: a
+model that takes its own difference for the target, times up to g - 1, feeds on its errors (tried: the loss on held-out
+pictures rose from 0.11 to 0.27, at learning rates of 2e-3 and 5e-4 alike).
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def train(tuned: Tuned, draw: Draw, valid: Draw, config: dict, world: World, log
     size = tuned.joint.image_ids.shape[0]
     flops = 4.0 * flow.transformer_flops(dict(tuned.parts.transformer.config), size, tuned.empty[1].shape[1])
     meter = Meter(log, stage, n * world.size, flops, world.device.type, world.size)
-    step = Step(tuned, draw, config, world, generator)
+    step = Step(tuned, model, draw, config, world, generator)
     saved = time.time()
     with compiled(blocks(tuned.parts.transformer), config["compile"] and world.cuda) as attempt:
         running = True
@@ -78,6 +80,8 @@ def train(tuned: Tuned, draw: Draw, valid: Draw, config: dict, world: World, log
             ema.update()
             meter.add(loss=loss, norm=norm)
             running = clock.tick()
+            if step.teacher is None and clock.progress >= config["guided_from"]:
+                step.teacher = ema.flat.clone()
             meter.report(force=not running, lr=round(config["lr"] * clock.factor, 7), progress=round(clock.progress, 3))
             if world.chief and running and time.time() - saved > config["save_seconds"]:
                 saved = time.time()
@@ -93,23 +97,28 @@ def train(tuned: Tuned, draw: Draw, valid: Draw, config: dict, world: World, log
 class Step:
     """One forward and backward pass; returns the loss. Shapes never change, so everything compiles once."""
 
-    def __init__(self, tuned: Tuned, draw: Draw, config: dict, world: World, generator: torch.Generator) -> None:
-        self.tuned, self.draw, self.config, self.world, self.generator = tuned, draw, config, world, generator
+    def __init__(self, tuned: Tuned, model: FlatModel, draw: Draw, config: dict, world: World,
+                 generator: torch.Generator) -> None:  # fmt: skip
+        self.tuned, self.model, self.draw, self.config, self.world = tuned, model, draw, config, world
+        self.generator = generator
+        self.teacher: torch.Tensor | None = None  # the weights that guided targets are made with, once there are any
         if config["batch"] % 2:
             raise ValueError(f"batch must be even, half of it is guided; got {config['batch']}")
 
     def __call__(self) -> torch.Tensor:
         n, g, config = self.config["batch"], self.generator, self.config
-        b = self._dropped(self.draw(n, g), n // 2)
+        guided = 0 if self.teacher is None else n // 2
+        b = self._dropped(self.draw(n, g), guided)
         sigmas = flow.sample_sigmas(n, config["mu"], g, uniform=0.2)
         x, target = flow.interpolate(b["x0"], torch.randn(b["x0"].shape, generator=g, device=g.device), sigmas)
         guidance = torch.ones(n, device=g.device)
-        low, high = config["guidance"]
-        guidance[: n // 2] = low + (high - low) * torch.rand(n // 2, generator=g, device=g.device)
         # Two contexts: 16-bit copies of weights that autocast makes without gradients must not serve the second pass.
         with torch.no_grad(), autocast(self.world):
             said = self.tuned.joint.text(b["clip"], b["t5"])
-            target[: n // 2] += (guidance[: n // 2] - 1).view(-1, 1, 1) * self._direction(x, b, sigmas, said, n // 2)
+        if guided:
+            low, high = config["guidance"]
+            guidance[:guided] = low + (high - low) * torch.rand(guided, generator=g, device=g.device)
+            target[:guided] += (guidance[:guided] - 1).view(-1, 1, 1) * self._direction(x, b, sigmas, said, guided)
         with autocast(self.world):
             loss = flow.velocity_loss(self.tuned.velocity(x, b["condition"], sigmas, *said, guidance), target)
         loss.backward()
@@ -118,21 +127,28 @@ class Step:
     def _dropped(self, b: dict[str, torch.Tensor], plain: int) -> dict[str, torch.Tensor]:
         """Leave the prompt out of some rows of the plain half (the rows from `plain` on)."""
         n, g = len(b["clip"]), self.generator
-        drop = torch.rand(n, 1, generator=g, device=g.device) < 2 * self.config["drop"]
+        drop = torch.rand(n, 1, generator=g, device=g.device) < self.config["drop"] * n / (n - plain)
         drop[:plain] = False
         clip, t5 = self.tuned.empty
         return {**b, "clip": torch.where(drop, clip, b["clip"]), "t5": torch.where(drop, t5, b["t5"])}
 
+    @torch.no_grad()
     def _direction(self, x, b, sigmas, said, count: int) -> torch.Tensor:
-        """What the prompt adds to the first `count` rows' velocity, beside the condition. (count, N, 64) float32.
+        """What the prompt adds to the teacher's velocity in the first `count` rows, beside the condition.
 
-        Both halves run as one batch of the training size.
+        Returns (count, N, 64) float32. Both halves run as one batch of the training size.
         """
-        unsaid = self.tuned.joint.text(*(ids.expand(count, -1) for ids in self.tuned.empty))
-        twice = lambda t: torch.cat([t[:count], t[:count]])  # noqa: E731
-        texts = [torch.cat([a[:count], u]) for a, u in zip(said, unsaid, strict=True)]
-        ones = torch.ones(2 * count, device=x.device)
-        v = self.tuned.velocity(twice(x), twice(b["condition"]), twice(sigmas), *texts, ones).float()
+        kept = self.model.flat.clone()
+        self.model.flat.copy_(self.teacher)
+        try:
+            with autocast(self.world):
+                unsaid = self.tuned.joint.text(*(ids.expand(count, -1) for ids in self.tuned.empty))
+                twice = lambda t: torch.cat([t[:count], t[:count]])  # noqa: E731
+                texts = [torch.cat([a[:count], u]) for a, u in zip(said, unsaid, strict=True)]
+                ones = torch.ones(2 * count, device=x.device)
+                v = self.tuned.velocity(twice(x), twice(b["condition"]), twice(sigmas), *texts, ones).float()
+        finally:
+            self.model.flat.copy_(kept)
         return v[:count] - v[count:]
 
 
