@@ -99,6 +99,7 @@ class Engine:
             tell(f"loading the {precision.upper()} transformer of {spec.title}")
             backend, kind = ops.backends.select(where).name, resolve_activation(activation, where)
             transformer = loading.quantized_transformer(spec, precision, backend, kind, where)
+        loading.add_lora(spec, transformer)
         if share is None:
             tell(f"loading text encoders and VAE of {spec.title}")
         pipe = loading.pipeline(spec, transformer, where, share.pipe if share else None)

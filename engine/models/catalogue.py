@@ -34,7 +34,9 @@ class ModelSpec:
     """One model: where it is, how large, and the settings that suit it.
 
     `source` is a diffusers folder or a hub id; `checkpoints` maps a 4-bit precision to a folder, a `.safetensors`
-    file or `owner/repo/file.safetensors` on the hub. `size` holds pixels (width and height alike).
+    file or `owner/repo/file.safetensors` on the hub. `lora` is a LoRA file that turns the source's transformer into
+    this model's, in every precision (as FLUX.1-Canny-dev-lora does); empty where the source is the model itself.
+    `size` holds pixels (width and height alike).
     """
 
     name: str
@@ -47,6 +49,7 @@ class ModelSpec:
     guidance: Range | None = Range(3.5, 1.0, 10.0, 0.1)
     size: Range = Range(1024, 256, 2048, 16)
     max_sequence_length: int = 512
+    lora: str = ""
     licence: str = ""
     gated: bool = False
     download_gib: float = 0.0
@@ -97,6 +100,12 @@ def _tiny() -> ModelSpec:
     )
 
 
+def _tuned(name: str, title: str, pipeline: str, guidance: Range) -> ModelSpec:
+    """The small FLUX with a LoRA that makes it read a control map, or a picture with a hole."""
+    lora = zoo_folder() / f"{name.removeprefix('tiny-')}-tiny" / "pytorch_lora_weights.safetensors"
+    return replace(_tiny(), name=name, title=title, pipeline=pipeline, lora=str(lora), guidance=guidance)
+
+
 def _tiny_sana() -> ModelSpec:
     zoo = zoo_folder()
     return ModelSpec(
@@ -134,6 +143,9 @@ def _sana() -> ModelSpec:
 def _rows() -> tuple[ModelSpec, ...]:
     return (
         _tiny(),
+        _tuned("tiny-canny", "Tiny FLUX Canny", "FluxControlPipeline", Range(3.0, 1.0, 6.0, 0.1)),
+        _tuned("tiny-depth", "Tiny FLUX Depth", "FluxControlPipeline", Range(3.0, 1.0, 6.0, 0.1)),
+        _tuned("tiny-fill", "Tiny FLUX Fill", "FluxFillPipeline", Range(3.0, 1.0, 6.0, 0.1)),
         _tiny_sana(),
         _flux(
             "flux.1-schnell",
@@ -184,7 +196,8 @@ def _from_folder(folder: Path) -> ModelSpec:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(f"model: {folder} holds no model_index.json, so it is not a diffusers pipeline folder")
-    known = next((row for row in CATALOGUE.values() if Path(row.source) == folder.resolve()), None)
+    rows = (row for row in CATALOGUE.values() if not row.lora)
+    known = next((row for row in rows if Path(row.source) == folder.resolve()), None)
     if known is not None:
         return known
     pipeline = json.loads(index.read_text()).get("_class_name", "")

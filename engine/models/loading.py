@@ -15,7 +15,7 @@ from engine.linear import Activation
 from engine.models.catalogue import ModelSpec
 from engine.models.families import family
 
-__all__ = ["bf16_transformer", "pipeline", "quantized_transformer"]
+__all__ = ["add_lora", "bf16_transformer", "pipeline", "quantized_transformer"]
 
 DTYPE = torch.bfloat16
 
@@ -38,6 +38,21 @@ def quantized_transformer(
     return load_quantized(
         path, row.transformer_class, row.leaves, backend=backend, activation=activation, device=device, dtype=DTYPE
     )
+
+
+def add_lora(spec: ModelSpec, transformer: Any) -> None:
+    """Put the LoRA that makes `transformer` this model's onto it; nothing where the spec has none.
+
+    Raises ModelError when the file is not there, CheckpointError when it does not fit.
+    """
+    if not spec.lora:
+        return
+    from engine.lora import load_lora
+
+    if not Path(spec.lora).is_file():
+        raise ModelError(f"{spec.lora}: the LoRA of {spec.title} is not there; fetch the folder again")
+    load_lora(transformer, spec.lora, name=spec.name)
+    transformer.register_to_config(in_channels=transformer.x_embedder.in_features, out_channels=transformer.out_channels)
 
 
 def pipeline(spec: ModelSpec, transformer: Any, device: torch.device, share: Any | None) -> Any:
