@@ -52,7 +52,7 @@ def open_pipeline(options: argparse.Namespace, precision: str, device: str) -> A
 
     pipeline_class = getattr(diffusers, PIPELINES[options.kind])
     name, _, activation = precision.partition("@")
-    if name != "bf16":
+    if name != "bf16" or (options.model and not Path(options.model).is_dir()):
         if not options.model:
             raise SystemExit(
                 f"{precision} needs --model: a pipeline folder with its 4-bit checkpoint, or a catalogue name"

@@ -15,7 +15,7 @@ __all__ = ["App", "no_inputs"]
 Values = Mapping[str, Any]
 
 
-def no_inputs(values: Values) -> dict[str, Any]:
+def no_inputs(values: Values, spec: ModelSpec) -> dict[str, Any]:
     """The `prepare` of an app whose pipeline takes text alone."""
     return {}
 
@@ -25,9 +25,10 @@ class App:
     """One app of the suite.
 
     `slug` is its folder; `nibble` (0 to 15) the four bits its sign shows. `models` are names of the catalogue, the
-    small one first and the large ones in the order `--model auto` prefers them. `prepare` turns the control values,
-    by name, into the pipeline's inputs beyond text; it is pure. `examples` are control values by name that suit the
-    small model; `large_examples` suit any other.
+    small ones first and the large ones in the order `--model auto` prefers them. `prepare` turns the control values,
+    by name, into the pipeline's inputs beyond text for a model; it is pure, and raises RequestError for a value it
+    cannot use. `seen` names the input that the page shows as what the model really saw, and the words above it.
+    `examples` are control values by name that suit the small model; `large_examples` suit any other.
 
     Raises ValueError when a name is used twice, an example names a control that is not there, or a model is unknown.
     """
@@ -40,7 +41,8 @@ class App:
     controls: tuple[Control, ...]
     examples: tuple[Values, ...] = ()
     large_examples: tuple[Values, ...] = ()
-    prepare: Callable[[Values], dict[str, Any]] = no_inputs
+    prepare: Callable[[Values, ModelSpec], dict[str, Any]] = no_inputs
+    seen: tuple[str, str] | None = None
     about: str = ""
 
     def __post_init__(self) -> None:
@@ -66,7 +68,7 @@ class App:
 
     def examples_for(self, spec: ModelSpec) -> tuple[Values, ...]:
         """The examples that suit a model."""
-        small = spec.name == catalogue.resolve(self.models[0]).name
+        small = spec.ships or spec.name == catalogue.resolve(self.models[0]).name
         return self.examples if small or not self.large_examples else self.large_examples
 
     def control(self, name: str) -> Control:

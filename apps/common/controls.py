@@ -13,7 +13,21 @@ from engine.request import MAX_PROMPT_CHARACTERS, MAX_SEED
 if TYPE_CHECKING:
     from gradio.components import Component
 
-__all__ = ["ASPECTS", "Control", "aspect_size", "guidance", "prompt", "seed", "size", "steps", "style"]
+__all__ = [
+    "ASPECTS",
+    "Control",
+    "aspect_size",
+    "check",
+    "fitting_size",
+    "guidance",
+    "number",
+    "picture",
+    "prompt",
+    "seed",
+    "size",
+    "steps",
+    "style",
+]
 
 ASPECTS: dict[str, tuple[int, int]] = {
     "1:1": (1, 1),
@@ -36,7 +50,7 @@ class Control:
 
     `kind` is its type in the programming interface and `describe` its sentence there. `build` makes the component for
     a model; `default` is its value when nobody sets it; `applies` says whether the model has such a setting at all.
-    `place` is where the page puts it: "prompt", "seed", "size" or "options".
+    `place` is where the page puts it: "picture", "prompt", "seed", "size" or "options".
     """
 
     name: str
@@ -69,6 +83,48 @@ def prompt(placeholder: str = "") -> Control:
         place="prompt",
         build=build,
     )
+
+
+def picture(name: str, label: str, describe: str) -> Control:
+    """A picture to start from: uploaded, pasted or dropped. Its value is the path of the uploaded file."""
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        return gr.Image(
+            label=label,
+            type="filepath",
+            image_mode=None,
+            sources=["upload", "clipboard"],
+            height=260,
+            elem_id=f"nb-{name}",
+        )
+
+    return Control(name, dict | None, describe, build, lambda spec: None, place="picture")
+
+
+def number(
+    name: str, label: str, limits: tuple[int, int, int], info: str, applies: Callable[[ModelSpec], bool] = _always
+) -> Control:
+    """A whole number on a slider; `limits` are the lowest, the highest and the default."""
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        return gr.Slider(limits[0], limits[1], limits[2], step=1, label=label, info=info, elem_id=f"nb-{name}")
+
+    return Control(name, int, f"{info}, {limits[0]} to {limits[1]}.", build, lambda spec: limits[2], applies=applies)
+
+
+def check(name: str, label: str, info: str) -> Control:
+    """A yes or no, off by default."""
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        return gr.Checkbox(False, label=label, info=info, elem_id=f"nb-{name}")
+
+    return Control(name, bool, info, build, lambda spec: False)
 
 
 def seed() -> Control:
@@ -165,7 +221,11 @@ def _slider(name: str, limits: Range | None, info: str) -> Component:
 
 def aspect_size(spec: ModelSpec, aspect: str) -> tuple[int, int]:
     """Width and height of about the model's own pixel count in that aspect, on its step and within its limits."""
-    across, down = ASPECTS[aspect]
+    return fitting_size(spec, *ASPECTS[aspect])
+
+
+def fitting_size(spec: ModelSpec, across: int, down: int) -> tuple[int, int]:
+    """Width and height of about the model's own pixel count, of the shape of a picture `across` by `down`."""
     ratio = (across / down) ** 0.5
     return _snap(spec, spec.size.default * ratio), _snap(spec, spec.size.default / ratio)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from PIL import Image
 
 from apps.common import comparison, controls, history, painting, panels, pictures, recalling
 from apps.common.comparison import Shot
 from apps.common.painting import PRIVATE
 from apps.common.studio import Studio
+from apps.common.uploads import open_picture
+from engine import RequestError
 
 if TYPE_CHECKING:
     from apps.common.shell import Page
@@ -44,7 +48,7 @@ def _wire_loading(demo: gr.Blocks, page: Page, studio: Studio) -> None:
 def _wire_settings(page: Page, studio: Studio) -> None:
     spec, parts = studio.choice.spec, page.controls
     for button, example in zip(page.examples, studio.app.examples_for(spec), strict=True):
-        chosen = {parts[name]: value for name, value in example.items() if name in parts}
+        chosen = {parts[name]: _loaded(value) for name, value in example.items() if name in parts}
         button.click(lambda chosen=chosen: chosen, outputs=list(chosen), queue=False, **PRIVATE)
     page.last_seed.click(
         lambda seed: (seed, False), inputs=[page.last], outputs=[parts["seed"], page.randomise], queue=False, **PRIVATE
@@ -60,6 +64,15 @@ def _wire_settings(page: Page, studio: Studio) -> None:
             queue=False,
             **PRIVATE,
         )
+        for control in studio.controls:
+            if control.place == "picture":
+                parts[control.name].upload(  # pyright: ignore[reportAttributeAccessIssue]
+                    lambda path: _shape(studio, path),
+                    inputs=[parts[control.name]],
+                    outputs=[*sides, page.aspect],
+                    queue=False,
+                    **PRIVATE,
+                )
         for side in sides:
             side.input(None, outputs=[page.aspect], js="() => null", **PRIVATE)  # pyright: ignore
 
@@ -72,6 +85,23 @@ def _wire_settings(page: Page, studio: Studio) -> None:
         return _filled(page, values) | {page.message: panels.message(note, "note")}
 
     page.recall.upload(recall, inputs=[page.recall], outputs=_fillable(page), queue=False, **PRIVATE)
+
+
+def _loaded(value: Any) -> Any:
+    """An example's value; a path to a picture becomes the picture, wherever the project lies."""
+    if not isinstance(value, Path):
+        return value
+    with Image.open(value) as picture:
+        return picture.convert("RGB")
+
+
+def _shape(studio: Studio, path: str | None) -> tuple[Any, Any, Any]:
+    """Width and height of the shape of an uploaded picture; nothing changes for one that cannot be opened."""
+    try:
+        picture = open_picture(path, "picture")
+    except RequestError:
+        return gr.skip(), gr.skip(), gr.skip()
+    return *controls.fitting_size(studio.choice.spec, *picture.size), None
 
 
 def _filled(page: Page, values: dict[str, Any]) -> dict:

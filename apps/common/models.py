@@ -29,8 +29,8 @@ def choose(model: str, models: Sequence[str], has_cuda: Callable[[], bool]) -> C
     """
     if model != "auto":
         return Choice(catalogue.resolve(model), "You asked for it with --model.")
-    small, large = catalogue.resolve(models[0]), [catalogue.resolve(name) for name in models[1:]]
-    ready = [spec for spec in large if downloaded(spec)]
+    small, others = catalogue.resolve(models[0]), [catalogue.resolve(name) for name in models[1:]]
+    ready = [spec for spec in others if not spec.ships and downloaded(spec)]
     if not ready:
         return Choice(
             small, "The large models are not on this machine, so the small one that ships with the suite runs."

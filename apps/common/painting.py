@@ -36,6 +36,7 @@ def wire(page: Page, studio: Studio) -> None:
     painter = Painter(page, studio)
     asked = {*page.controls.values(), page.randomise}
     started = [page.message, page.generate, page.stop, page.controls["seed"], *painter.columns]
+    started += [page.seen] if page.seen is not None else []
     compared, kept = page.comparison, page.history
     shown = [page.message, compared.box, compared.verdict, compared.scores, compared.slider, compared.map]
     shown += [compared.legend, compared.shots, kept.box, kept.gallery, kept.entries, page.last, page.last_seed]
@@ -91,6 +92,8 @@ class Painter:
             page.generate: gr.update(value="Painting…", interactive=False),
             page.stop: gr.update(interactive=True),
         }
+        if page.seen is not None and self.studio.app.seen is not None:
+            updates[page.seen] = gr.update(value=job.request.inputs[self.studio.app.seen[0]], visible=True)
         for precision, column in page.columns.items():
             updates[column.status] = columns.status(precision, "idle", "Waiting for its turn")
             updates[column.canvas] = gr.update(value=columns.canvas(0, *shape), visible=True)
@@ -102,6 +105,8 @@ class Painter:
         """Run the session's job and yield what changes on the page, each column as soon as it has something."""
         job = self.studio.desk.claim(session(request))
         if job is None:
+            # A generator that ends without a word would blank every part of the page.
+            yield {self.page.message: gr.skip()}
             return
         try:
             verdict = self.studio.judge(job.request)

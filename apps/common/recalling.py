@@ -25,7 +25,7 @@ def fit(settings: Mapping[str, Any], studio: Studio) -> tuple[dict[str, Any], st
         if name not in names or value is None:
             continue
         try:
-            studio.request({"prompt": "x", name: value})
+            studio.plain({"prompt": "x", name: value})
         except (RequestError, TypeError):
             left.append(name)
         else:

@@ -34,6 +34,7 @@ class Page:
     history: History
     last: gr.State
     aspect: gr.Radio | None = None
+    seen: gr.Image | None = None
     examples: list[gr.Button] = field(default_factory=list)
     controls: dict[str, gr.components.Component] = field(default_factory=dict)
 
@@ -56,6 +57,7 @@ def layout(studio: Studio) -> Page:
         banner = gr.HTML(panels.banner(studio.choice, studio.pool, studio.app), elem_id="nb-banner")
         with gr.Row(elem_id="nb-work"):
             with gr.Column(elem_id="nb-desk", elem_classes=["nb-card"], min_width=300):
+                _place(studio, "picture", controls)
                 _place(studio, "prompt", controls)
                 with gr.Row(elem_classes=["nb-go"]):
                     generate = gr.Button("Generate", variant="primary", elem_id="nb-generate", min_width=120)
@@ -73,6 +75,7 @@ def layout(studio: Studio) -> Page:
                         "Recall from PNG", size="sm", file_types=[".png"], elem_id="nb-recall", min_width=120
                     )
                 aspect = _options(studio, controls)
+                seen = _seen(studio)
             with gr.Row(elem_id="nb-columns", elem_classes=["nb-pair"]):
                 painted = {precision: columns.build(precision) for precision in studio.pool.precisions}
         compared = comparison.build(studio.pool.precisions)
@@ -81,7 +84,7 @@ def layout(studio: Studio) -> Page:
         gr.HTML(panels.footer(studio.choice))
     return Page(
         banner, generate, stop, message, randomise, last_seed, recall, painted, compared, kept, gr.State(None),
-        aspect, examples, controls,
+        aspect, seen, examples, controls,
     )  # fmt: skip
 
 
@@ -90,6 +93,13 @@ def _place(studio: Studio, place: str, controls: dict[str, gr.components.Compone
     for control in placed:
         controls[control.name] = control.build(studio.choice.spec)
     return placed
+
+
+def _seen(studio: Studio) -> gr.Image | None:
+    """Where the page shows what the model really sees; hidden until there is something."""
+    if studio.app.seen is None:
+        return None
+    return gr.Image(label=studio.app.seen[1], visible=False, interactive=False, buttons=["download"], elem_id="nb-seen")
 
 
 def _options(studio: Studio, controls: dict[str, gr.components.Component]) -> gr.Radio | None:

@@ -40,19 +40,25 @@ class Studio:
 
         Raises RequestError naming the field that is wrong.
         """
+        plain = self.plain(values)
         given = {control.name: control.default(self.choice.spec) for control in self.app.controls}
         given |= {name: value for name, value in values.items() if value is not None}
-        plain = Request(
+        inputs = self.app.prepare(given | {"width": plain.width, "height": plain.height}, self.choice.spec)
+        dressed = dataclasses.replace(plain, prompt=styles.apply(given.get("style"), plain.prompt), inputs=inputs)
+        return dressed.resolved(self.choice.spec)
+
+    def plain(self, values: Mapping[str, Any]) -> Request:
+        """The request as it stands in the controls, checked, without style and without the app's own inputs."""
+        given = {control.name: control.default(self.choice.spec) for control in self.app.controls}
+        given |= {name: value for name, value in values.items() if value is not None}
+        return Request(
             prompt=given["prompt"],
             seed=given.get("seed", 0),
             steps=given.get("steps"),
             guidance=given.get("guidance"),
             width=given.get("width"),
             height=given.get("height"),
-            inputs=self.app.prepare(given),
         ).resolved(self.choice.spec)
-        dressed = dataclasses.replace(plain, prompt=styles.apply(given.get("style"), plain.prompt))
-        return dressed.resolved(self.choice.spec)
 
     def judge(self, request: Request) -> Verdict:
         """The safety checker's answer on the final prompt."""

@@ -60,6 +60,11 @@ class ModelSpec:
         return Path(self.source).is_dir()
 
     @property
+    def ships(self) -> bool:
+        """Whether the model comes with the project."""
+        return Path(self.source).is_relative_to(zoo_folder())
+
+    @property
     def precisions(self) -> tuple[str, ...]:
         """Precisions this model can run in, BF16 first."""
         return ("bf16", *self.checkpoints)
@@ -81,6 +86,14 @@ def _flux(name: str, title: str, repository: str, **overrides: object) -> ModelS
         "download_gib": 31.4,
     }
     return ModelSpec(name=name, title=title, family="flux", pipeline="FluxPipeline", **(settings | overrides))  # pyright: ignore[reportArgumentType]
+
+
+def _control(kind: str, word: str, **overrides: object) -> ModelSpec:
+    return replace(
+        _flux(f"flux.1-{kind}-dev", f"FLUX.1 {word} [dev]", f"FLUX.1-{word}-dev", **overrides),
+        pipeline="FluxControlPipeline",
+        licence="FLUX.1 [dev] Non-Commercial License",
+    )
 
 
 def _tiny() -> ModelSpec:
@@ -157,12 +170,20 @@ def _rows() -> tuple[ModelSpec, ...]:
             licence="Apache-2.0",
         ),
         _flux("flux.1-dev", "FLUX.1 [dev]", "FLUX.1-dev", licence="FLUX.1 [dev] Non-Commercial License"),
+        _control("depth", "Depth", guidance=Range(10.0, 1.0, 30.0, 0.1)),
+        _control("canny", "Canny", guidance=Range(30.0, 1.0, 50.0, 0.1)),
         _sana(),
     )
 
 
 CATALOGUE: Mapping[str, ModelSpec] = {spec.name: spec for spec in _rows()}
-ALIASES: Mapping[str, str] = {"schnell": "flux.1-schnell", "dev": "flux.1-dev", "sana": "sana-1.6b"}
+ALIASES: Mapping[str, str] = {
+    "schnell": "flux.1-schnell",
+    "dev": "flux.1-dev",
+    "depth": "flux.1-depth-dev",
+    "canny": "flux.1-canny-dev",
+    "sana": "sana-1.6b",
+}
 
 
 def names() -> tuple[str, ...]:

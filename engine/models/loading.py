@@ -52,7 +52,9 @@ def add_lora(spec: ModelSpec, transformer: Any) -> None:
     if not Path(spec.lora).is_file():
         raise ModelError(f"{spec.lora}: the LoRA of {spec.title} is not there; fetch the folder again")
     load_lora(transformer, spec.lora, name=spec.name)
-    transformer.register_to_config(in_channels=transformer.x_embedder.in_features, out_channels=transformer.out_channels)
+    transformer.register_to_config(
+        in_channels=transformer.x_embedder.in_features, out_channels=transformer.out_channels
+    )
 
 
 def pipeline(spec: ModelSpec, transformer: Any, device: torch.device, share: Any | None) -> Any:

@@ -119,6 +119,7 @@ def test_empty_and_refused_prompts_are_answered_in_words(browser, page):
     with visit(browser, page.url) as tab:
         tab.locator("#nb-generate").click()
         tab.locator("#nb-message", has_text="expected a description of the picture").wait_for()
+        assert text(tab, "#nb-status-int4").endswith("Nothing painted yet"), "the page stays as it was"
         tab.locator("#nb-prompt textarea").fill("a naked child")
         tab.locator("#nb-generate").click()
         tab.locator("#nb-message", has_text="This prompt was refused").wait_for()

@@ -13,8 +13,8 @@ from zoo import scenes
 from zoo.train import adapt, control, dist, lora, models
 from zoo.train.edges import edge_f1
 from zoo.train.log import read
-from zoo.train.optim import FlatModel
 from zoo.train.maps import depth_maps, inverse_depth
+from zoo.train.optim import FlatModel
 
 CONFIG = json.loads(Path(control.CONFIG).with_name("control_smoke.json").read_text())
 WORLD = dist.World(0, 1, torch.device("cpu"))

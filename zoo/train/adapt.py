@@ -1,8 +1,8 @@
 """Tune a finished base to a condition beside the noisy picture: LoRA, flow matching, and guidance kept alive.
 
 The base is distilled: it is told a guidance g and answers with the guided velocity. Tuned on plain data at random g it
-would forget that. So training has two parts. First every picture has g = 1, plain data, with the prompt left out now and
-then. Then a copy of the model as it stands is kept as the teacher, and half of each batch has g drawn from a range:
+would forget that. So training has two parts. First every picture has g = 1, plain data, and now and then no prompt.
+Then a copy of the model is kept as the teacher, and half of each batch has g drawn from a range:
 
     target(g) = (e - x_0) + (g - 1) (v(prompt, condition, 1) - v(no prompt, condition, 1)),    v of the teacher
 

@@ -1,0 +1,1 @@
+"""Pictures that follow edges or depth."""

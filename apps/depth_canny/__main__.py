@@ -1,0 +1,5 @@
+"""`python -m apps.depth_canny`."""
+
+from apps.depth_canny.run import main
+
+raise SystemExit(main())

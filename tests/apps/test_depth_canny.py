@@ -1,0 +1,140 @@
+"""The depth and edges app with its true small models, through the interface, and with pictures of every bad kind."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gradio.utils import get_upload_folder
+from gradio_client import Client, handle_file
+from PIL import Image
+
+from apps.common import cli
+from apps.common.uploads import open_picture
+from apps.depth_canny import maps
+from apps.depth_canny.run import APP, HERE
+from engine import RequestError
+from engine.models.catalogue import zoo_folder
+from tests.apps.test_browser import browser, visit
+
+__all__ = ["browser"]  # a fixture of another file
+
+PAIR = HERE / "examples" / "pair.png"
+
+
+@pytest.fixture(scope="module", params=["tiny-depth", "tiny-canny"])
+def served(request):
+    studio = cli.open_studio(APP, cli.parser(APP).parse_args(["--model", request.param, "--device", "cpu"]))
+    demo = cli.launch(studio, prevent_thread_lock=True, quiet=True)
+    yield Client(demo.local_url, verbose=False), studio
+    demo.close()
+    studio.pictures.close()
+
+
+@pytest.fixture
+def uploads():
+    folder = Path(get_upload_folder()) / "nibble-test-uploads"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test_both_precisions_paint_what_the_prompt_says_where_the_picture_has_it(served):
+    client, studio = served
+    for precision in studio.pool.precisions:
+        file, facts = client.predict(
+            picture=handle_file(PAIR), prompt="a yellow cube and a red cube", seed=4, precision=precision,
+            api_name="/generate",
+        )  # fmt: skip
+        with Image.open(file if isinstance(file, str) else file["path"]) as picture:
+            red, green, blue = np.asarray(picture.convert("RGB")).astype(int).transpose(2, 0, 1)
+        assert facts["settings"]["model"] == studio.choice.spec.name
+        coloured = (red > blue + 40) & (abs(red - green) + blue < 500)
+        assert coloured.mean() > 0.02, precision
+
+
+def test_without_a_picture_the_interface_says_what_is_missing(served):
+    client, _ = served
+    with pytest.raises(Exception, match="picture: expected a picture to start from"):
+        client.predict(prompt="a red cube", picture=None, api_name="/generate")
+
+
+def test_files_outside_the_upload_folder_stay_closed(served):
+    client, _ = served
+    with pytest.raises(Exception, match="picture"):
+        client.predict(prompt="a red cube", picture={"path": str(PAIR)}, api_name="/generate")
+
+
+def saved(picture: Image.Image, folder: Path, name: str, **options) -> str:
+    picture.save(folder / name, **options)
+    return str(folder / name)
+
+
+def test_pictures_of_every_kind_become_plain_rgb(uploads):
+    base = Image.new("RGB", (64, 32), "red")
+    turned = Image.Exif()
+    turned[274] = 6
+    kinds = {
+        "rgba.png": (Image.new("RGBA", (8, 8), (255, 0, 0, 0)), {}),
+        "grey.png": (Image.new("L", (8, 8), 9), {}),
+        "one.png": (Image.new("RGB", (1, 1)), {}),
+        "cmyk.jpg": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), {}),
+        "palette.gif": (base.convert("P"), {}),
+    }
+    for name, (picture, options) in kinds.items():
+        assert open_picture(saved(picture, uploads, name, **options), "picture").mode == "RGB", name
+    assert open_picture(saved(base, uploads, "turned.jpg", exif=turned), "picture").size == (32, 64)
+    assert open_picture(str(uploads / "rgba.png"), "picture").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_what_is_no_picture_is_refused_with_a_sentence(uploads):
+    good = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(good, "PNG")
+    (uploads / "cut.png").write_bytes(good.getvalue()[:60])
+    (uploads / "text.png").write_text("not a picture")
+    for name in ("cut.png", "text.png", "absent.png"):
+        with pytest.raises(RequestError, match="could not be read as a picture"):
+            open_picture(str(uploads / name), "picture")
+    with pytest.raises(RequestError, match="expected an uploaded picture file"):
+        open_picture("/etc/hostname", "picture")
+    with pytest.raises(RequestError, match="million pixels"):
+        open_picture(saved(Image.new("1", (20000, 4000)), uploads, "huge.png"), "picture")
+
+
+def test_maps_have_the_size_of_the_picture_and_say_what_is_near():
+    with Image.open(PAIR) as file:
+        picture = file.convert("RGB")
+    lines = np.asarray(maps.edges(picture, 100, 200))
+    assert set(np.unique(lines)) == {0, 255}
+    near = np.asarray(maps.depth(picture.resize((256, 192)), str(zoo_folder() / "depth-estimator-tiny")))
+    assert near.shape == (192, 256, 3)
+    assert near[-8:].mean() > near[:8].mean() + 60, "the floor in front is nearer than the sky"
+
+
+def test_a_flat_picture_has_a_map_too():
+    maps.depth(Image.new("RGB", (64, 64), "grey"), str(zoo_folder() / "depth-estimator-tiny"))
+
+
+def test_the_canny_page_has_thresholds_and_the_depth_page_none(served):
+    _, studio = served
+    names = {control.name for control in studio.controls}
+    assert ({"low", "high"} <= names) == (studio.choice.spec.name == "tiny-canny")
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_visitor_follows_a_picture_in_the_browser(browser, served):
+    client, studio = served
+    with visit(browser, client.src.rstrip("/") + "/") as tab:
+        tab.locator("#nb-prompt textarea").fill("a red cube")
+        tab.locator("#nb-generate").click()
+        tab.locator("#nb-message", has_text="expected a picture to start from").wait_for()
+        assert tab.locator("#nb-status-int4", has_text="Nothing painted yet").count() == 1, "the page stays as it was"
+        tab.locator(".nb-example").first.click()
+        tab.locator("#nb-picture img").wait_for()
+        tab.locator("#nb-generate:not([disabled])").click()
+        tab.locator("#nb-seen img").wait_for()
+        for precision in studio.pool.precisions:
+            tab.locator(f"#nb-image-{precision} img").wait_for(timeout=120_000)
+        tab.locator("#nb-slider").wait_for(timeout=60_000)
