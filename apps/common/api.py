@@ -32,7 +32,7 @@ def endpoint(studio: Studio) -> Callable[..., tuple[dict, dict]]:
                 raise RequestError(
                     "precision", f"precision: expected one of {', '.join(precisions)}, got {precision!r}"
                 )
-            job = Job(studio.request(values), (precision,), values)
+            job = Job(studio.request(values), (precision,), values, finish=studio.app.finish)
         except RequestError as error:
             raise gr.Error(str(error), print_exception=False) from error
         verdict = studio.judge(job.request)

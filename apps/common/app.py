@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apps.common.controls import Control
 from engine.models import catalogue
 from engine.models.catalogue import ModelSpec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from engine import Request
 
 __all__ = ["App", "no_inputs"]
 
@@ -28,7 +33,8 @@ class App:
     small ones first and the large ones in the order `--model auto` prefers them. `prepare` turns the control values,
     by name, into the pipeline's inputs beyond text for a model; it is pure, and raises RequestError for a value it
     cannot use. `seen` names the input that the page shows as what the model really saw, and the words above it.
-    `examples` are control values by name that suit the small model; `large_examples` suit any other.
+    `finish` makes the final picture of a painted one, where the app has something to add to it (fill puts it back into
+    the visitor's own). `examples` are control values by name that suit the small model; `large_examples` any other.
 
     Raises ValueError when a name is used twice, an example names a control that is not there, or a model is unknown.
     """
@@ -43,6 +49,7 @@ class App:
     large_examples: tuple[Values, ...] = ()
     prepare: Callable[[Values, ModelSpec], dict[str, Any]] = no_inputs
     seen: tuple[str, str] | None = None
+    finish: Callable[[Image, Request], Image] | None = None
     about: str = ""
 
     def __post_init__(self) -> None:

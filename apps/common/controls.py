@@ -17,6 +17,7 @@ __all__ = [
     "ASPECTS",
     "Control",
     "aspect_size",
+    "canvas",
     "check",
     "fitting_size",
     "guidance",
@@ -85,7 +86,7 @@ def prompt(placeholder: str = "") -> Control:
     )
 
 
-def picture(name: str, label: str, describe: str) -> Control:
+def picture(name: str, label: str, describe: str, place: str = "picture") -> Control:
     """A picture to start from: uploaded, pasted or dropped. Its value is the path of the uploaded file."""
 
     def build(spec: ModelSpec) -> Component:
@@ -97,6 +98,27 @@ def picture(name: str, label: str, describe: str) -> Control:
             image_mode=None,
             sources=["upload", "clipboard"],
             height=260,
+            elem_id=f"nb-{name}",
+        )
+
+    return Control(name, dict | None, describe, build, lambda spec: None, place=place)
+
+
+def canvas(name: str, label: str, describe: str) -> Control:
+    """A picture to paint over, with brush and eraser. Its value maps "background" and "layers" to files."""
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        return gr.ImageEditor(
+            label=label,
+            type="filepath",
+            format="png",
+            sources=["upload", "clipboard"],
+            brush=gr.Brush(default_size=28, colors=["#ffffff"], color_mode="fixed"),
+            layers=False,
+            transforms=(),
+            height=360,
             elem_id=f"nb-{name}",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,10 +66,11 @@ def _wire_settings(page: Page, studio: Studio) -> None:
             **PRIVATE,
         )
         for control in studio.controls:
-            if control.place == "picture":
-                parts[control.name].upload(  # pyright: ignore[reportAttributeAccessIssue]
+            part = parts[control.name]
+            if control.place == "picture" and isinstance(part, gr.Image):
+                part.upload(
                     lambda path: _shape(studio, path),
-                    inputs=[parts[control.name]],
+                    inputs=[part],
                     outputs=[*sides, page.aspect],
                     queue=False,
                     **PRIVATE,
@@ -88,14 +90,18 @@ def _wire_settings(page: Page, studio: Studio) -> None:
 
 
 def _loaded(value: Any) -> Any:
-    """An example's value; a path to a picture becomes the picture, wherever the project lies."""
+    """An example's value; paths to pictures become the pictures, wherever the project lies."""
+    if isinstance(value, Mapping):
+        return {name: _loaded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_loaded(part) for part in value]
     if not isinstance(value, Path):
         return value
     with Image.open(value) as picture:
-        return picture.convert("RGB")
+        return picture.copy()
 
 
-def _shape(studio: Studio, path: str | None) -> tuple[Any, Any, Any]:
+def _shape(studio: Studio, path: Any) -> tuple[Any, Any, Any]:
     """Width and height of the shape of an uploaded picture; nothing changes for one that cannot be opened."""
     try:
         picture = open_picture(path, "picture")

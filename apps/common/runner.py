@@ -9,12 +9,15 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from apps.common.pool import LoadFailed, Pool
 from apps.common.trouble import sentence
 from engine import Cancelled, Request, Result, Step
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["Began", "Desk", "Event", "Failed", "Finished", "Job", "Loads", "Stepped", "Stopped", "Unloaded", "events"]
 
@@ -78,6 +81,7 @@ class Job:
     values: Mapping[str, Any]
     stop: threading.Event = field(default_factory=threading.Event)
     claimed: bool = False
+    finish: Callable[[Image, Request], Image] | None = None
 
 
 class _Feed:
@@ -129,6 +133,8 @@ def _one(pool: Pool, job: Job, precision: str, feed: _Feed) -> Event:
                 return Stopped(precision)
             feed.put(Began(precision))
             result = engine.run(job.request, on_step=_reporter(precision, feed), should_stop=job.stop.is_set)
+        if job.finish is not None:
+            result = replace(result, image=job.finish(result.image, result.request))
         return Finished(precision, result)
     except Cancelled:
         return Stopped(precision)

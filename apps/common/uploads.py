@@ -10,17 +10,28 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engine import RequestError
 
-__all__ = ["MAX_PIXELS", "open_picture"]
+__all__ = ["MAX_PIXELS", "open_picture", "open_upload"]
 
 MAX_PIXELS = 64_000_000
 
 
 def open_picture(value: Any, name: str) -> Image.Image:
-    """The picture in RGB, EXIF rotation applied, see-through parts on white.
+    """The picture in RGB, EXIF rotation applied, see-through parts on white; `value` as for `open_upload`.
 
-    `value` is what the page or the interface hands over: a path in the upload folder, or a mapping with a "path".
+    Raises RequestError as `open_upload` does.
+    """
+    return _plain(open_upload(value, name))
+
+
+def open_upload(value: Any, name: str) -> Image.Image:
+    """The picture in its own mode, EXIF rotation applied.
+
+    `value` is what the page or the interface hands over: a path in the upload folder, a mapping with a "path", or the
+    value of a canvas, of which the background counts.
     Raises RequestError naming `name` when there is none, or when the file is no picture, damaged or too large.
     """
+    if isinstance(value, Mapping) and "background" in value:
+        value = value["background"]
     if not value:
         raise RequestError(name, f"{name}: expected a picture to start from, got none; upload one or try an example")
     path = value.get("path") if isinstance(value, Mapping) else value
@@ -33,7 +44,7 @@ def open_picture(value: Any, name: str) -> Image.Image:
                 raise RequestError(
                     name, f"{name}: expected at most {limit} million pixels, got {file.width} x {file.height}"
                 )
-            return _plain(ImageOps.exif_transpose(file))
+            return ImageOps.exif_transpose(file)
     except RequestError:
         raise
     except Image.DecompressionBombError as error:

@@ -170,6 +170,7 @@ def _rows() -> tuple[ModelSpec, ...]:
             licence="Apache-2.0",
         ),
         _flux("flux.1-dev", "FLUX.1 [dev]", "FLUX.1-dev", licence="FLUX.1 [dev] Non-Commercial License"),
+        replace(_control("fill", "Fill", guidance=Range(30.0, 1.0, 50.0, 0.1)), pipeline="FluxFillPipeline"),
         _control("depth", "Depth", guidance=Range(10.0, 1.0, 30.0, 0.1)),
         _control("canny", "Canny", guidance=Range(30.0, 1.0, 50.0, 0.1)),
         _sana(),
@@ -180,6 +181,7 @@ CATALOGUE: Mapping[str, ModelSpec] = {spec.name: spec for spec in _rows()}
 ALIASES: Mapping[str, str] = {
     "schnell": "flux.1-schnell",
     "dev": "flux.1-dev",
+    "fill": "flux.1-fill-dev",
     "depth": "flux.1-depth-dev",
     "canny": "flux.1-canny-dev",
     "sana": "sana-1.6b",

@@ -1,0 +1,5 @@
+"""`python -m apps.fill`."""
+
+from apps.fill.run import main
+
+raise SystemExit(main())

@@ -1,0 +1,112 @@
+"""The fill app with its true small model: what is marked changes, the rest stays, and nothing marked is said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from PIL import Image
+
+from apps.common import cli
+from apps.fill import masks
+from apps.fill.run import APP, HERE
+from engine import RequestError
+from tests.apps.test_browser import browser, visit
+
+__all__ = ["browser"]  # a fixture of another file
+
+PICTURE, MASK = HERE / "pair.png", HERE / "pair-mask.png"
+
+
+@pytest.fixture(scope="module")
+def served():
+    studio = cli.open_studio(APP, cli.parser(APP).parse_args(["--model", "tiny-fill", "--device", "cpu"]))
+    demo = cli.launch(studio, prevent_thread_lock=True, quiet=True)
+    yield Client(demo.local_url, verbose=False), studio
+    demo.close()
+    studio.pictures.close()
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def test_the_object_appears_in_the_hole_and_all_else_keeps_its_bits(served):
+    client, studio = served
+    canvas = {"background": handle_file(PICTURE), "layers": [handle_file(MASK)], "composite": None}
+    with Image.open(MASK) as drawn:
+        marked = np.asarray(drawn.getchannel("A")) > 127
+    near = np.asarray(Image.fromarray(marked).resize((256, 256)))
+    for precision in studio.pool.precisions:
+        file, _ = client.predict(
+            prompt="a large green sphere", canvas=canvas, seed=3, grow=0, precision=precision, api_name="/generate"
+        )
+        new, old = pixels(file if isinstance(file, str) else file["path"]), pixels(PICTURE)
+        red, green, blue = new.transpose(2, 0, 1)
+        assert ((green > red + 30) & (green > blue + 30))[near].mean() > 0.3, precision
+        changed = np.flatnonzero((new != old).any(-1).any(0))
+        ys, xs = np.nonzero(near)
+        assert changed.min() >= xs.min() - masks.FEATHER
+        assert changed.max() <= xs.max() + masks.FEATHER
+        rows = np.flatnonzero((new != old).any(-1).any(1))
+        assert rows.min() >= ys.min() - masks.FEATHER
+        assert rows.max() <= ys.max() + masks.FEATHER
+
+
+@pytest.mark.parametrize("canvas", [None, {"background": None, "layers": [], "composite": None}])
+def test_an_empty_canvas_is_answered_in_words(served, canvas):
+    client, _ = served
+    with pytest.raises(Exception, match="canvas: expected a picture to start from"):
+        client.predict(prompt="a red cube", canvas=canvas, api_name="/generate")
+
+
+def test_a_picture_with_nothing_marked_is_answered_in_words(served):
+    client, _ = served
+    canvas = {"background": handle_file(PICTURE), "layers": [], "composite": None}
+    with pytest.raises(Exception, match="nothing is marked"):
+        client.predict(prompt="a red cube", canvas=canvas, api_name="/generate")
+
+
+def test_masks_grow_and_turn_over():
+    with pytest.raises(RequestError, match="nothing is marked"):
+        masks.mask_of({}, None, (32, 32), 0, False)
+    assert np.asarray(masks.mask_of({}, None, (32, 32), 0, True)).min() == 255
+
+
+def test_pasting_back_keeps_every_pixel_beyond_the_seam():
+    rng = np.random.default_rng(0)
+    old, new = (Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(2))
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:30, 20:30] = 255
+    out = np.asarray(masks.paste_back(new, old, Image.fromarray(mask)))
+    assert (out[20:30, 20:30] == np.asarray(new)[20:30, 20:30]).all()
+    far = np.ones((64, 64), bool)
+    far[20 - masks.FEATHER : 30 + masks.FEATHER, 20 - masks.FEATHER : 30 + masks.FEATHER] = False
+    assert (out[far] == np.asarray(old)[far]).all()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_visitor_fills_an_example_and_an_upload_without_strokes_is_told(browser, served):
+    client, studio = served
+    with visit(browser, client.src.rstrip("/") + "/") as tab:
+        tab.locator("#nb-prompt textarea").fill("a red cube")
+        tab.locator("#nb-generate").click()
+        tab.locator("#nb-message", has_text="expected a picture to start from").wait_for()
+        tab.locator("#nb-canvas input[type=file]").first.set_input_files(PICTURE)
+        tab.locator("#nb-canvas canvas").first.wait_for()
+        tab.locator("#nb-generate:not([disabled])").click()
+        tab.locator("#nb-message", has_text="nothing is marked").wait_for()
+        tab.locator(".nb-example").first.click()
+        tab.locator("#nb-prompt textarea").filter(visible=True).wait_for()
+        tab.wait_for_function("document.querySelector('#nb-prompt textarea').value.includes('green sphere')")
+        # The editor uploads its layers after it has drawn them; until then nothing counts as marked.
+        for _ in range(20):
+            tab.locator("#nb-generate:not([disabled])").click()
+            tab.wait_for_timeout(500)
+            if "nothing is marked" not in tab.locator("#nb-message").inner_text():
+                break
+        tab.locator("#nb-seen img").wait_for()
+        for precision in studio.pool.precisions:
+            tab.locator(f"#nb-image-{precision} img").wait_for(timeout=120_000)
