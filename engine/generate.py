@@ -91,18 +91,19 @@ class Engine:
             raise ArgumentError(f"share: expected an engine of {spec.name}, got one of {share.spec.name}")
         where = pick_device(device)
         tell = progress or (lambda _: None)
-        if precision == "bf16":
-            tell(f"loading the BF16 transformer of {spec.title}")
-            transformer = loading.bf16_transformer(spec, where)
-            backend, kind = "torch", "w16a16"
-        else:
-            tell(f"loading the {precision.upper()} transformer of {spec.title}")
-            backend, kind = ops.backends.select(where).name, resolve_activation(activation, where)
-            transformer = loading.quantized_transformer(spec, precision, backend, kind, where)
-        loading.add_lora(spec, transformer)
-        if share is None:
-            tell(f"loading text encoders and VAE of {spec.title}")
-        pipe = loading.pipeline(spec, transformer, where, share.pipe if share else None)
+        with loading.LOADING:
+            if precision == "bf16":
+                tell(f"loading the BF16 transformer of {spec.title}")
+                transformer = loading.bf16_transformer(spec, where)
+                backend, kind = "torch", "w16a16"
+            else:
+                tell(f"loading the {precision.upper()} transformer of {spec.title}")
+                backend, kind = ops.backends.select(where).name, resolve_activation(activation, where)
+                transformer = loading.quantized_transformer(spec, precision, backend, kind, where)
+            loading.add_lora(spec, transformer)
+            if share is None:
+                tell(f"loading text encoders and VAE of {spec.title}")
+            pipe = loading.pipeline(spec, transformer, where, share.pipe if share else None)
         return cls(spec, precision, kind, backend, where, pipe)
 
     @torch.inference_mode()

@@ -61,7 +61,7 @@ def open_pipeline(options: argparse.Namespace, precision: str, device: str) -> A
 
         pipe = Engine.load(options.model, name, device=device, activation=activation or "auto").pipe
     elif options.model:
-        pipe = pipeline_class.from_pretrained(_folder(options.model), torch_dtype=torch.bfloat16)
+        pipe = pipeline_class.from_pretrained(options.model, torch_dtype=torch.bfloat16)
     elif options.base and options.lora:
         from zoo.train import lora
 
@@ -74,14 +74,6 @@ def open_pipeline(options: argparse.Namespace, precision: str, device: str) -> A
     pipe.vae.to(torch.bfloat16)  # the pipeline hands the autoencoder's latents to the transformer as they are
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _folder(model: str) -> str:
-    if Path(model).is_dir():
-        return model
-    from engine.models.catalogue import resolve
-
-    return resolve(model).source
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ def endpoint(studio: Studio) -> Callable[..., tuple[dict, dict]]:
                 raise RequestError(
                     "precision", f"precision: expected one of {', '.join(precisions)}, got {precision!r}"
                 )
-            job = Job(studio.request(values), (precision,), values, finish=studio.app.finish)
+            job = studio.job(values, (precision,))
         except RequestError as error:
             raise gr.Error(str(error), print_exception=False) from error
         verdict = studio.judge(job.request)
@@ -62,7 +62,8 @@ def _answer(studio: Studio, job: Job) -> tuple[dict, dict]:
 def _signature(studio: Studio) -> inspect.Signature:
     spec, any_order = studio.choice.spec, inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = []
-    for control in studio.controls:
+    # Python wants what has no default first; the page may have another order.
+    for control in sorted(studio.controls, key=lambda control: control.name != "prompt"):
         default = inspect.Parameter.empty if control.name == "prompt" else control.default(spec)
         parameters.append(inspect.Parameter(control.name, any_order, default=default, annotation=control.kind))
     # A Literal of one value has no list of choices to show.

@@ -49,8 +49,8 @@ def _wire_loading(demo: gr.Blocks, page: Page, studio: Studio) -> None:
 def _wire_settings(page: Page, studio: Studio) -> None:
     spec, parts = studio.choice.spec, page.controls
     for button, example in zip(page.examples, studio.app.examples_for(spec), strict=True):
-        chosen = {parts[name]: _loaded(value) for name, value in example.items() if name in parts}
-        button.click(lambda chosen=chosen: chosen, outputs=list(chosen), queue=False, **PRIVATE)
+        chosen = {parts[name]: value for name, value in example.items() if name in parts}
+        button.click(lambda chosen=chosen: _loaded(chosen), outputs=list(chosen), queue=False, **PRIVATE)
     page.last_seed.click(
         lambda seed: (seed, False), inputs=[page.last], outputs=[parts["seed"], page.randomise], queue=False, **PRIVATE
     )

@@ -80,7 +80,7 @@ class Painter:
         if data[page.randomise]:
             values["seed"] = random.randrange(DRAWN_SEEDS)
         try:
-            job = Job(self.studio.request(values), self.studio.pool.precisions, values, finish=self.studio.app.finish)
+            job = self.studio.job(values, self.studio.pool.precisions)
         except RequestError as error:
             return {page.message: panels.message(str(error))}
         if not self.studio.desk.open(session(request), job):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apps.common import styles
@@ -12,7 +12,7 @@ from apps.common.controls import Control
 from apps.common.models import Choice
 from apps.common.pictures import Pictures
 from apps.common.pool import Pool
-from apps.common.runner import Desk
+from apps.common.runner import Desk, Job
 from engine import Request
 from safety import Checker, Verdict
 
@@ -40,17 +40,14 @@ class Studio:
 
         Raises RequestError naming the field that is wrong.
         """
-        plain = self.plain(values)
-        given = {control.name: control.default(self.choice.spec) for control in self.app.controls}
-        given |= {name: value for name, value in values.items() if value is not None}
+        plain, given = self.plain(values), self._given(values)
         inputs = self.app.prepare(given | {"width": plain.width, "height": plain.height}, self.choice.spec)
         dressed = dataclasses.replace(plain, prompt=styles.apply(given.get("style"), plain.prompt), inputs=inputs)
         return dressed.resolved(self.choice.spec)
 
     def plain(self, values: Mapping[str, Any]) -> Request:
         """The request as it stands in the controls, checked, without style and without the app's own inputs."""
-        given = {control.name: control.default(self.choice.spec) for control in self.app.controls}
-        given |= {name: value for name, value in values.items() if value is not None}
+        given = self._given(values)
         return Request(
             prompt=given["prompt"],
             seed=given.get("seed", 0),
@@ -59,6 +56,15 @@ class Studio:
             width=given.get("width"),
             height=given.get("height"),
         ).resolved(self.choice.spec)
+
+    def job(self, values: Mapping[str, Any], precisions: Sequence[str]) -> Job:
+        """What one press of Generate, or one call, asks for. Raises RequestError naming the field that is wrong."""
+        return Job(self.request(values), precisions, values, finish=self.app.finish)
+
+    def _given(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A value for each of the app's controls: the given one, else the default."""
+        defaults = {control.name: control.default(self.choice.spec) for control in self.app.controls}
+        return defaults | {name: value for name, value in values.items() if value is not None}
 
     def judge(self, request: Request) -> Verdict:
         """The safety checker's answer on the final prompt."""

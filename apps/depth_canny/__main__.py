@@ -1,5 +1,6 @@
 """`python -m apps.depth_canny`."""
 
-from apps.depth_canny.run import main
+from apps.common.cli import main
+from apps.depth_canny.run import APP
 
-raise SystemExit(main())
+raise SystemExit(main(APP))

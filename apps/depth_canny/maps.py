@@ -35,4 +35,7 @@ def depth(picture: Image.Image, model: str) -> Image.Image:
 def _estimator(model: str) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
-    return AutoImageProcessor.from_pretrained(model), AutoModelForDepthEstimation.from_pretrained(model).eval()
+    from engine.models.loading import LOADING
+
+    with LOADING:
+        return AutoImageProcessor.from_pretrained(model), AutoModelForDepthEstimation.from_pretrained(model).eval()

@@ -70,13 +70,7 @@ APP = App(
     seen=("control_image", "What the model follows"),
 )
 
-
-def main() -> int:
-    """Parse the command line, start the engines and serve the page."""
-    from apps.common.cli import main as start
-
-    return start(APP)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from apps.common.cli import main
+
+    raise SystemExit(main(APP))

@@ -1,5 +1,6 @@
 """`python -m apps.fill`."""
 
-from apps.fill.run import main
+from apps.common.cli import main
+from apps.fill.run import APP
 
-raise SystemExit(main())
+raise SystemExit(main(APP))

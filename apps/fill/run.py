@@ -84,13 +84,7 @@ APP = App(
     seen=("mask_image", "The mask, white where it paints"),
 )
 
-
-def main() -> int:
-    """Parse the command line, start the engines and serve the page."""
-    from apps.common.cli import main as start
-
-    return start(APP)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from apps.common.cli import main
+
+    raise SystemExit(main(APP))

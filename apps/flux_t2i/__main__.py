@@ -1,5 +1,6 @@
 """`python -m apps.flux_t2i`."""
 
-from apps.flux_t2i.run import main
+from apps.common.cli import main
+from apps.flux_t2i.run import APP
 
-raise SystemExit(main())
+raise SystemExit(main(APP))

@@ -82,18 +82,18 @@ def _flux(name: str, title: str, repository: str, **overrides: object) -> ModelS
         "checkpoints": {
             "int4": f"nunchaku-tech/nunchaku-{name}/svdq-int4_r32-{name}.safetensors",
         },
+        "pipeline": "FluxPipeline",
+        "licence": "FLUX.1 [dev] Non-Commercial License",
         "gated": True,
         "download_gib": 31.4,
     }
-    return ModelSpec(name=name, title=title, family="flux", pipeline="FluxPipeline", **(settings | overrides))  # pyright: ignore[reportArgumentType]
+    return ModelSpec(name=name, title=title, family="flux", **(settings | overrides))  # pyright: ignore[reportArgumentType]
 
 
-def _control(kind: str, word: str, **overrides: object) -> ModelSpec:
-    return replace(
-        _flux(f"flux.1-{kind}-dev", f"FLUX.1 {word} [dev]", f"FLUX.1-{word}-dev", **overrides),
-        pipeline="FluxControlPipeline",
-        licence="FLUX.1 [dev] Non-Commercial License",
-    )
+def _tool(word: str, pipeline: str, guidance: Range) -> ModelSpec:
+    """One of the FLUX.1 tools: a FLUX.1 [dev] that reads a picture besides the prompt."""
+    name = f"flux.1-{word.lower()}-dev"
+    return _flux(name, f"FLUX.1 {word} [dev]", f"FLUX.1-{word}-dev", pipeline=pipeline, guidance=guidance)
 
 
 def _tiny() -> ModelSpec:
@@ -169,10 +169,10 @@ def _rows() -> tuple[ModelSpec, ...]:
             max_sequence_length=256,
             licence="Apache-2.0",
         ),
-        _flux("flux.1-dev", "FLUX.1 [dev]", "FLUX.1-dev", licence="FLUX.1 [dev] Non-Commercial License"),
-        replace(_control("fill", "Fill", guidance=Range(30.0, 1.0, 50.0, 0.1)), pipeline="FluxFillPipeline"),
-        _control("depth", "Depth", guidance=Range(10.0, 1.0, 30.0, 0.1)),
-        _control("canny", "Canny", guidance=Range(30.0, 1.0, 50.0, 0.1)),
+        _flux("flux.1-dev", "FLUX.1 [dev]", "FLUX.1-dev"),
+        _tool("Fill", "FluxFillPipeline", Range(30.0, 1.0, 50.0, 0.1)),
+        _tool("Depth", "FluxControlPipeline", Range(10.0, 1.0, 30.0, 0.1)),
+        _tool("Canny", "FluxControlPipeline", Range(30.0, 1.0, 50.0, 0.1)),
         _sana(),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from engine.linear import Activation
 from engine.models.catalogue import ModelSpec
 from engine.models.families import family
 
-__all__ = ["add_lora", "bf16_transformer", "pipeline", "quantized_transformer"]
+__all__ = ["LOADING", "add_lora", "bf16_transformer", "pipeline", "quantized_transformer"]
 
 DTYPE = torch.bfloat16
+# Held by whoever opens a model: while they do, diffusers and transformers change torch's modules for all threads, and
+# a model that another thread opens meanwhile ends up partly on the meta device.
+LOADING = threading.RLock()
 
 
 def bf16_transformer(spec: ModelSpec, device: torch.device) -> Any:

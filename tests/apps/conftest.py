@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gradio_client import Client
 
-from apps.common import cli, runner
+from apps.common import App, cli, runner, screenshots
 from apps.common.studio import Studio
 from apps.flux_t2i.run import APP
 from tests.apps.fake import FakeEngine, loader
@@ -55,6 +56,36 @@ def serving(*flags: str, gated: bool = False) -> Iterator[Served]:
         if page.gate is not None:
             page.gate.release(1000)
         page.close()
+
+
+@contextmanager
+def really_served(app: App, *flags: str) -> Iterator[tuple[Client, Studio]]:
+    """An app with its true small model on the CPU: a client of its page, and what is behind it."""
+    studio = cli.open_studio(app, cli.parser(app).parse_args(["--device", "cpu", *flags]))
+    demo = cli.launch(studio, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    try:
+        yield Client(demo.local_url, verbose=False), studio
+    finally:
+        demo.close()
+        studio.pictures.close()
+
+
+@contextmanager
+def visit(browser, url: str, view: str = "light") -> Iterator:
+    """A visitor's tab; leaves only when the console is free of errors and nothing was asked of another host."""
+    context = browser.new_context(**screenshots.VIEWS[view], accept_downloads=True)
+    tab = context.new_page()
+    wrong: list[str] = []
+    tab.on("console", lambda message: message.type == "error" and wrong.append(message.text))
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("response", lambda answer: answer.status >= 400 and wrong.append(f"{answer.status} {answer.url}"))
+    tab.on("request", lambda asked: (asked.url.startswith(("http", "ws")) and asked.url.startswith(url)) or
+           asked.url.startswith(("data:", "blob:")) or wrong.append(f"asked {asked.url}"))  # fmt: skip
+    tab.goto(url)
+    tab.locator("#nb-banner .nb-load-ready").wait_for()
+    yield tab
+    context.close()
+    assert wrong == []
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,43 +11,11 @@ import pytest
 from apps.common import cli, screenshots
 from apps.flux_t2i.run import APP
 from engine.models import catalogue
-from tests.apps.conftest import Served, arguments, serving
+from tests.apps.conftest import arguments, really_served, serving, visit
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = screenshots.find_chromium()
 PROMPT = "a large red metal sphere left of a small blue cube"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    if CHROMIUM is None:
-        message = "no Chromium on this machine (apt-get install chromium, or set CHROMIUM)"
-        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=screenshots.CHROMIUM_FLAGS)
-        yield opened
-        opened.close()
-
-
-@contextmanager
-def visit(browser, url: str, view: str = "light") -> Iterator:
-    """A visitor's tab; leaves only when the console is free of errors and nothing was asked of another host."""
-    context = browser.new_context(**screenshots.VIEWS[view], accept_downloads=True)
-    tab = context.new_page()
-    wrong: list[str] = []
-    tab.on("console", lambda message: message.type == "error" and wrong.append(message.text))
-    tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on("response", lambda answer: answer.status >= 400 and wrong.append(f"{answer.status} {answer.url}"))
-    tab.on("request", lambda asked: (asked.url.startswith(("http", "ws")) and asked.url.startswith(url)) or
-           asked.url.startswith(("data:", "blob:")) or wrong.append(f"asked {asked.url}"))  # fmt: skip
-    tab.goto(url)
-    tab.locator("#nb-banner .nb-load-ready").wait_for()
-    yield tab
-    context.close()
-    assert wrong == []
 
 
 def text(tab, selector: str) -> str:
@@ -261,17 +227,10 @@ def test_the_true_small_model_paints_in_the_browser(browser):
     if not (tiny.local and Path(tiny.checkpoints["int4"]).exists()):
         message = f"the small model's weights are not at {tiny.source}"
         pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
-    studio = cli.open_studio(APP, arguments("--model", "tiny"))
-    served = Served.__new__(Served)
-    served.gate, served.studio = None, studio
-    served.serve()
-    try:
-        with visit(browser, served.url) as tab:
-            screenshots.paint(tab, PROMPT, 7, 200)
-            # On a busy machine any of the three may be the truth; that one is told is what counts here.
-            assert re.search("faster|slower|same speed", text(tab, "#nb-figures-int4"))
-            for precision in ("bf16", "int4"):
-                picture = tab.locator(f"#nb-image-{precision} img")
-                assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 256
-    finally:
-        served.close()
+    with really_served(APP, "--model", "tiny") as (client, _), visit(browser, client.src) as tab:
+        screenshots.paint(tab, PROMPT, 7, 200)
+        # On a busy machine any of the three may be the truth; that one is told is what counts here.
+        assert re.search("faster|slower|same speed", text(tab, "#nb-figures-int4"))
+        for precision in ("bf16", "int4"):
+            picture = tab.locator(f"#nb-image-{precision} img")
+            assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 256

@@ -8,29 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gradio.utils import get_upload_folder
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from PIL import Image
 
-from apps.common import cli
 from apps.common.uploads import open_picture
 from apps.depth_canny import maps
 from apps.depth_canny.run import APP, HERE
 from engine import RequestError
 from engine.models.catalogue import zoo_folder
-from tests.apps.test_browser import browser, visit
-
-__all__ = ["browser"]  # a fixture of another file
+from tests.apps.conftest import really_served, visit
 
 PAIR = HERE / "examples" / "pair.png"
 
 
 @pytest.fixture(scope="module", params=["tiny-depth", "tiny-canny"])
 def served(request):
-    studio = cli.open_studio(APP, cli.parser(APP).parse_args(["--model", request.param, "--device", "cpu"]))
-    demo = cli.launch(studio, prevent_thread_lock=True, quiet=True)
-    yield Client(demo.local_url, verbose=False), studio
-    demo.close()
-    studio.pictures.close()
+    with really_served(APP, "--model", request.param) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -126,7 +120,7 @@ def test_the_canny_page_has_thresholds_and_the_depth_page_none(served):
 @pytest.mark.slow
 def test_a_visitor_follows_a_picture_in_the_browser(browser, served):
     client, studio = served
-    with visit(browser, client.src.rstrip("/") + "/") as tab:
+    with visit(browser, client.src) as tab:
         tab.locator("#nb-prompt textarea").fill("a red cube")
         tab.locator("#nb-generate").click()
         tab.locator("#nb-message", has_text="expected a picture to start from").wait_for()

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from PIL import Image
 
-from apps.common import cli
 from apps.fill import masks
 from apps.fill.run import APP, HERE
 from engine import RequestError
-from tests.apps.test_browser import browser, visit
-
-__all__ = ["browser"]  # a fixture of another file
+from tests.apps.conftest import really_served, visit
 
 PICTURE, MASK = HERE / "pair.png", HERE / "pair-mask.png"
 
 
 @pytest.fixture(scope="module")
 def served():
-    studio = cli.open_studio(APP, cli.parser(APP).parse_args(["--model", "tiny-fill", "--device", "cpu"]))
-    demo = cli.launch(studio, prevent_thread_lock=True, quiet=True)
-    yield Client(demo.local_url, verbose=False), studio
-    demo.close()
-    studio.pictures.close()
+    with really_served(APP, "--model", "tiny-fill") as opened:
+        yield opened
 
 
 def pixels(path) -> np.ndarray:
@@ -90,7 +84,7 @@ def test_pasting_back_keeps_every_pixel_beyond_the_seam():
 @pytest.mark.slow
 def test_a_visitor_fills_an_example_and_an_upload_without_strokes_is_told(browser, served):
     client, studio = served
-    with visit(browser, client.src.rstrip("/") + "/") as tab:
+    with visit(browser, client.src) as tab:
         tab.locator("#nb-prompt textarea").fill("a red cube")
         tab.locator("#nb-generate").click()
         tab.locator("#nb-message", has_text="expected a picture to start from").wait_for()

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from apps.common.screenshots import CHROMIUM_FLAGS, find_chromium
 from engine.quantize.report import write_report
 
 pytestmark = pytest.mark.browser
-
-CHROMIUM = find_chromium()
 
 
 @pytest.fixture(scope="module")
@@ -21,19 +16,6 @@ def page_file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("page") / "out"
     write_report(out, model="tiny", checkpoint=checkpoint, prompts=["two cones"], steps=1, device="cpu", lpips=False)
     return out / "index.html"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    if CHROMIUM is None:
-        message = "no Chromium on this machine (apt-get install chromium, or set CHROMIUM)"
-        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])

@@ -112,3 +112,13 @@ def allowed_error(act: reference.QuantizedAct, weight: ops.CanonicalLinear, y: T
     sums = terms + low_rank + (0 if weight.bias is None else weight.bias.double().abs())
     rounded = low_rank * 2.0**-8 if dtype == torch.bfloat16 else 0
     return y.abs() * EPSILON[dtype] + sums * 2.0**-20 + rounded + torch.finfo(dtype).smallest_normal
+
+
+def check_a_bad_token(packed: ops.PackedLinear, x: Tensor, bad: float) -> None:
+    """A NaN or an infinity in token 7 of x (M, K) spoils row 7 of the result and no other."""
+    clean = ops.svdq_linear(x, packed, "int8")
+    x[7, 5] = bad
+    y = ops.svdq_linear(x, packed, "int8")
+    assert not y[7].isfinite().any()
+    assert torch.equal(y[:7], clean[:7])
+    assert torch.equal(y[8:], clean[8:])

@@ -125,7 +125,7 @@ class Step:
         return loss.detach()
 
     def _dropped(self, b: dict[str, torch.Tensor], plain: int) -> dict[str, torch.Tensor]:
-        """Leave the prompt out of some rows of the plain half (the rows from `plain` on)."""
+        """Leave the prompt out of some of the plain rows, those from `plain` on; of all rows, the configured share."""
         n, g = len(b["clip"]), self.generator
         drop = torch.rand(n, 1, generator=g, device=g.device) < self.config["drop"] * n / (n - plain)
         drop[:plain] = False
@@ -138,17 +138,13 @@ class Step:
 
         Returns (count, N, 64) float32. Both halves run as one batch of the training size.
         """
-        kept = self.model.flat.clone()
-        self.model.flat.copy_(self.teacher)
-        try:
-            with autocast(self.world):
-                unsaid = self.tuned.joint.text(*(ids.expand(count, -1) for ids in self.tuned.empty))
-                twice = lambda t: torch.cat([t[:count], t[:count]])  # noqa: E731
-                texts = [torch.cat([a[:count], u]) for a, u in zip(said, unsaid, strict=True)]
-                ones = torch.ones(2 * count, device=x.device)
-                v = self.tuned.velocity(twice(x), twice(b["condition"]), twice(sigmas), *texts, ones).float()
-        finally:
-            self.model.flat.copy_(kept)
+        assert self.teacher is not None
+        with self.model.holding(self.teacher), autocast(self.world):
+            unsaid = self.tuned.joint.text(*(ids.expand(count, -1) for ids in self.tuned.empty))
+            twice = lambda t: torch.cat([t[:count], t[:count]])  # noqa: E731
+            texts = [torch.cat([a[:count], u]) for a, u in zip(said, unsaid, strict=True)]
+            ones = torch.ones(2 * count, device=x.device)
+            v = self.tuned.velocity(twice(x), twice(b["condition"]), twice(sigmas), *texts, ones).float()
         return v[:count] - v[count:]
 
 

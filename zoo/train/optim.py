@@ -66,6 +66,16 @@ class FlatModel:
     def zero_grad(self) -> None:
         self.grad.zero_()
 
+    @contextlib.contextmanager
+    def holding(self, weights: torch.Tensor) -> Iterator[None]:
+        """Within this context the module holds `weights`, a copy of `flat` made at some other time."""
+        kept = self.flat.clone()
+        self.flat.copy_(weights)
+        try:
+            yield
+        finally:
+            self.flat.copy_(kept)
+
     def step(self, factor: float) -> torch.Tensor:
         """Average the gradients, clip them, step at `factor` times the learning rate. Returns the norm, 0-d.
 
@@ -101,15 +111,9 @@ class Ema:
         beta = (1 - 1 / self.steps) ** (self.exponent + 1)
         self.flat.lerp_(self.model.flat, 1 - beta)
 
-    @contextlib.contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped(self) -> contextlib.AbstractContextManager[None]:
         """Within this context the module holds the averaged weights."""
-        kept = self.model.flat.clone()
-        self.model.flat.copy_(self.flat)
-        try:
-            yield
-        finally:
-            self.model.flat.copy_(kept)
+        return self.model.holding(self.flat)
 
 
 class Clock:
