@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from apps.common import styles
+from engine.errors import RequestError
 from engine.models.catalogue import ModelSpec, Range
 from engine.request import MAX_PROMPT_CHARACTERS, MAX_SEED
 
@@ -19,6 +20,8 @@ __all__ = [
     "aspect_size",
     "canvas",
     "check",
+    "check_number",
+    "decimal",
     "fitting_size",
     "guidance",
     "number",
@@ -136,6 +139,25 @@ def number(
         return gr.Slider(limits[0], limits[1], limits[2], step=1, label=label, info=info, elem_id=f"nb-{name}")
 
     return Control(name, int, f"{info}, {limits[0]} to {limits[1]}.", build, lambda spec: limits[2], applies=applies)
+
+
+def decimal(name: str, label: str, limits: tuple[float, float, float], info: str) -> Control:
+    """A number on a slider in steps of a tenth; `limits` are the lowest, the highest and the default."""
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        return gr.Slider(limits[0], limits[1], limits[2], step=0.1, label=label, info=info, elem_id=f"nb-{name}")
+
+    return Control(name, float, f"{info}. {limits[0]:g} to {limits[1]:g}.", build, lambda spec: limits[2])
+
+
+def check_number(name: str, value: Any, limits: tuple[float, float]) -> float:
+    """`value` as it is within `limits`; raises RequestError naming the control otherwise."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and limits[0] <= value <= limits[1]
+    if not ok:
+        raise RequestError(name, f"{name}: expected a number from {limits[0]:g} to {limits[1]:g}, got {value!r}")
+    return float(value)
 
 
 def check(name: str, label: str, info: str) -> Control:
