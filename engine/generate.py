@@ -20,7 +20,7 @@ from engine.linear import resolve_activation
 from engine.memory import PeakMeter, module_bytes
 from engine.models import loading
 from engine.models.catalogue import ModelSpec, resolve
-from engine.models.families import family
+from engine.models.families import runner
 from engine.request import Request, Result, Step
 
 __all__ = ["Engine", "pick_device"]
@@ -61,7 +61,7 @@ class Engine:
         self.backend = backend
         self.device = device
         self.pipe = pipe
-        self.runner = family(spec.family).runner
+        self.runner = runner(spec)
         self.weight_bytes = module_bytes(pipe.transformer)
         self._warm: set[tuple[int, int]] = set()
 
@@ -115,7 +115,7 @@ class Engine:
         """
         request = request.resolved(self.spec)
         self._warm_up(request)
-        held = sum(module_bytes(part) for part in self.pipe.components.values() if isinstance(part, torch.nn.Module))
+        held = sum(module_bytes(part) for part in loading.parts(self.pipe).values())
         with PeakMeter(self.device, held) as memory:
             clock = _Clock(self.device)
             text = self.runner.encode(self.pipe, self.spec, request, self.device)

@@ -53,7 +53,7 @@ class Request:
             width=spec.size.default if self.width is None else self.width,
             height=spec.size.default if self.height is None else self.height,
         )
-        _check_prompt(full.prompt)
+        _check_prompt(full.prompt, spec.prompt_needed)
         guidance = _check_number("guidance", full.guidance, spec.guidance) if spec.guidance else 0.0
         return replace(
             full,
@@ -163,10 +163,10 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
-def _check_prompt(prompt: object) -> None:
+def _check_prompt(prompt: object, needed: bool) -> None:
     if not isinstance(prompt, str):
         raise RequestError("prompt", f"prompt: expected text, got {type(prompt).__name__}")
-    if not prompt.strip():
+    if needed and not prompt.strip():
         raise RequestError("prompt", "prompt: expected a description of the picture, got an empty text")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise RequestError("prompt", f"prompt: expected at most {MAX_PROMPT_CHARACTERS} characters, got {len(prompt)}")

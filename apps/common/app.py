@@ -33,8 +33,10 @@ class App:
     small ones first and the large ones in the order `--model auto` prefers them. `prepare` turns the control values,
     by name, into the pipeline's inputs beyond text for a model; it is pure, and raises RequestError for a value it
     cannot use. `seen` names the input that the page shows as what the model really saw, and the words above it.
+    `live` names the control whose every change paints anew, where there is one.
     `finish` makes the final picture of a painted one, where the app has something to add to it (fill puts it back into
-    the visitor's own). `examples` are control values by name that suit the small model; `large_examples` any other.
+    the visitor's own). `examples` are control values by name that suit the small model; `large_examples` any other; an
+    example without a prompt has a title in `titles`, by its number.
 
     Raises ValueError when a name is used twice, an example names a control that is not there, or a model is unknown.
     """
@@ -49,6 +51,8 @@ class App:
     large_examples: tuple[Values, ...] = ()
     prepare: Callable[[Values, ModelSpec], dict[str, Any]] = no_inputs
     seen: tuple[str, str] | None = None
+    live: str | None = None
+    titles: tuple[str, ...] = ()
     finish: Callable[[Image, Request], Image] | None = None
     about: str = ""
 
@@ -77,6 +81,11 @@ class App:
         """The examples that suit a model."""
         small = spec.ships or spec.name == catalogue.resolve(self.models[0]).name
         return self.examples if small or not self.large_examples else self.large_examples
+
+    def titles_for(self, spec: ModelSpec) -> list[str]:
+        """What the examples that suit a model are called: their prompts, or titles where they have none."""
+        examples = self.examples_for(spec)
+        return [str(example.get("prompt") or self.titles[number]) for number, example in enumerate(examples)]
 
     def control(self, name: str) -> Control:
         """The control of that name; KeyError when there is none."""

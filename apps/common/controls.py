@@ -21,6 +21,7 @@ __all__ = [
     "canvas",
     "check",
     "check_number",
+    "choice",
     "decimal",
     "fitting_size",
     "guidance",
@@ -29,6 +30,7 @@ __all__ = [
     "prompt",
     "seed",
     "size",
+    "sketchpad",
     "steps",
     "style",
 ]
@@ -54,7 +56,8 @@ class Control:
 
     `kind` is its type in the programming interface and `describe` its sentence there. `build` makes the component for
     a model; `default` is its value when nobody sets it; `applies` says whether the model has such a setting at all.
-    `place` is where the page puts it: "picture", "prompt", "seed", "size" or "options".
+    `place` is where the page puts it: "picture", "more" (further pictures, folded), "prompt", "under" (right under the
+    prompt), "seed", "size" or "options".
     """
 
     name: str
@@ -69,14 +72,19 @@ class Control:
 # gradio takes seconds to import, so each `build` imports it: a command that only prints its help does not wait.
 
 
-def prompt(placeholder: str = "") -> Control:
-    """What to paint: several lines, Ctrl+Enter runs."""
+def prompt(placeholder: str = "", needed: bool = True) -> Control:
+    """What to paint: several lines, Ctrl+Enter runs. Where a picture says enough it is not `needed`."""
 
     def build(spec: ModelSpec) -> Component:
         import gradio as gr
 
         return gr.Textbox(
-            label="Prompt", placeholder=placeholder, lines=2, max_lines=6, autofocus=True, elem_id="nb-prompt"
+            label="Prompt" if needed else "Prompt (optional)",
+            placeholder=placeholder,
+            lines=2,
+            max_lines=6,
+            autofocus=True,
+            elem_id="nb-prompt",
         )
 
     return Control(
@@ -100,7 +108,7 @@ def picture(name: str, label: str, describe: str, place: str = "picture") -> Con
             type="filepath",
             image_mode=None,
             sources=["upload", "clipboard"],
-            height=260,
+            height=260 if place == "picture" else 180,
             elem_id=f"nb-{name}",
         )
 
@@ -128,6 +136,46 @@ def canvas(name: str, label: str, describe: str) -> Control:
     return Control(name, dict | None, describe, build, lambda spec: None, place="picture")
 
 
+def sketchpad(name: str, label: str, describe: str) -> Control:
+    """A white page to draw on in black, with an eraser; a picture can be laid under the strokes.
+
+    Its value maps "background" and "layers" to files, as a canvas does.
+    """
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        side = int(spec.size.default)
+        return gr.ImageEditor(
+            label=label,
+            type="filepath",
+            format="png",
+            sources=["upload", "clipboard"],
+            brush=gr.Brush(default_size=max(2, side // 128), colors=["#000000"], color_mode="fixed"),
+            eraser=gr.Eraser(default_size=max(8, side // 16)),
+            canvas_size=(side, side),
+            fixed_canvas=True,
+            layers=False,
+            transforms=(),
+            height=340,
+            elem_id=f"nb-{name}",
+            elem_classes=["nb-draw-first"],
+        )
+
+    return Control(name, dict | None, describe, build, lambda spec: None, place="picture")
+
+
+def choice(name: str, label: str, options: tuple[str, ...], info: str) -> Control:
+    """One of a few words; the first unless another is chosen."""
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        return gr.Dropdown(list(options), value=options[0], label=label, info=info, elem_id=f"nb-{name}")
+
+    return Control(name, Literal[options], info, build, lambda spec: options[0])
+
+
 def number(
     name: str, label: str, limits: tuple[int, int, int], info: str, applies: Callable[[ModelSpec], bool] = _always
 ) -> Control:
@@ -141,15 +189,27 @@ def number(
     return Control(name, int, f"{info}, {limits[0]} to {limits[1]}.", build, lambda spec: limits[2], applies=applies)
 
 
-def decimal(name: str, label: str, limits: tuple[float, float, float], info: str) -> Control:
-    """A number on a slider in steps of a tenth; `limits` are the lowest, the highest and the default."""
+def decimal(
+    name: str,
+    label: str,
+    limits: tuple[float, float, float | Callable[[ModelSpec], float]],
+    info: str,
+    *,
+    step: float = 0.1,
+    place: str = "options",
+) -> Control:
+    """A number on a slider; `limits` are the lowest, the highest and the default, which may depend on the model."""
+    low, high, usual = limits
+
+    def default(spec: ModelSpec) -> float:
+        return usual(spec) if callable(usual) else usual
 
     def build(spec: ModelSpec) -> Component:
         import gradio as gr
 
-        return gr.Slider(limits[0], limits[1], limits[2], step=0.1, label=label, info=info, elem_id=f"nb-{name}")
+        return gr.Slider(low, high, default(spec), step=step, label=label, info=info, elem_id=f"nb-{name}")
 
-    return Control(name, float, f"{info}. {limits[0]:g} to {limits[1]:g}.", build, lambda spec: limits[2])
+    return Control(name, float, f"{info}. {low:g} to {high:g}.", build, default, place=place)
 
 
 def check_number(name: str, value: Any, limits: tuple[float, float]) -> float:
@@ -196,6 +256,7 @@ def steps() -> Control:
         kind=int | None,
         describe="Denoising steps; left out, the model's own number.",
         default=lambda spec: None,
+        applies=lambda spec: spec.steps.high > spec.steps.low,
         build=lambda spec: _slider("steps", spec.steps, "More steps: more detail, more time"),
     )
 

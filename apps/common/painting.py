@@ -58,6 +58,16 @@ def wire(page: Page, studio: Studio) -> None:
         **PRIVATE,
     )
     ran.then(painter.rest, outputs=[page.generate, page.stop], queue=False, **PRIVATE)
+    if studio.app.live is not None and page.live is not None:
+        page.controls[studio.app.live].change(  # pyright: ignore[reportAttributeAccessIssue]
+            painter.live,
+            inputs={*asked, page.live, kept.entries, compared.other, compared.amplify},
+            outputs=[*{*started, *shown}],
+            concurrency_id=DEVICE,
+            concurrency_limit=1,
+            trigger_mode="always_last",
+            **PRIVATE,
+        )
     page.stop.click(painter.stop, outputs=[page.stop, page.message], queue=False, **PRIVATE)
 
 
@@ -100,6 +110,19 @@ class Painter:
             updates[column.image] = gr.update(value=None, visible=False)
             updates[column.figures] = columns.figures(None)
         return updates
+
+    def live(self, data: dict, request: gr.Request) -> Iterator[dict]:
+        """Paint after a stroke: the same seed, and silence where there is nothing to paint."""
+        if self.page.live is None or not data[self.page.live]:
+            yield {self.page.message: gr.skip()}
+            return
+        updates = self.start({**data, self.page.randomise: False}, request)
+        if self.page.generate not in updates:
+            yield {self.page.message: ""}
+            return
+        yield updates
+        yield from self.run(data, request)
+        yield self.rest()
 
     def run(self, data: dict, request: gr.Request) -> Iterator[dict]:
         """Run the session's job and yield what changes on the page, each column as soon as it has something."""

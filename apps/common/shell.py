@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -34,6 +37,7 @@ class Page:
     history: History
     last: gr.State
     aspect: gr.Radio | None = None
+    live: gr.Checkbox | None = None
     seen: gr.Image | None = None
     examples: list[gr.Button] = field(default_factory=list)
     controls: dict[str, gr.components.Component] = field(default_factory=dict)
@@ -58,7 +62,10 @@ def layout(studio: Studio) -> Page:
         with gr.Row(elem_id="nb-work"):
             with gr.Column(elem_id="nb-desk", elem_classes=["nb-card"], min_width=300):
                 _place(studio, "picture", controls)
+                _more(studio, controls)
                 _place(studio, "prompt", controls)
+                _place(studio, "under", controls)
+                live = _live(studio)
                 with gr.Row(elem_classes=["nb-go"]):
                     generate = gr.Button("Generate", variant="primary", elem_id="nb-generate", min_width=120)
                     stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="nb-stop", min_width=80)
@@ -84,7 +91,7 @@ def layout(studio: Studio) -> Page:
         gr.HTML(panels.footer(studio.choice))
     return Page(
         banner, generate, stop, message, randomise, last_seed, recall, painted, compared, kept, gr.State(None),
-        aspect, seen, examples, controls,
+        aspect, live, seen, examples, controls,
     )  # fmt: skip
 
 
@@ -93,6 +100,20 @@ def _place(studio: Studio, place: str, controls: dict[str, gr.components.Compone
     for control in placed:
         controls[control.name] = control.build(studio.choice.spec)
     return placed
+
+
+def _more(studio: Studio, controls: dict[str, gr.components.Component]) -> None:
+    """Further pictures, folded away; nothing where the app takes one."""
+    if any(control.place == "more" for control in studio.controls):
+        with gr.Accordion("Mix with other pictures", open=False, elem_id="nb-more"):
+            _place(studio, "more", controls)
+
+
+def _live(studio: Studio) -> gr.Checkbox | None:
+    """The switch of painting at every change, where the app can."""
+    if studio.app.live is None:
+        return None
+    return gr.Checkbox(True, label="Paint anew after each stroke", elem_id="nb-live")
 
 
 def _seen(studio: Studio) -> gr.Image | None:
@@ -118,4 +139,16 @@ def _examples(studio: Studio) -> list[gr.Button]:
         return []
     with gr.Column(elem_id="nb-examples"):
         gr.HTML("<p>Try one of these</p>")
-        return [gr.Button(str(example["prompt"]), size="sm", elem_classes=["nb-example"]) for example in examples]
+        return [
+            gr.Button(title, size="sm", icon=_icon(example), elem_classes=["nb-example"])
+            for title, example in zip(studio.app.titles_for(studio.choice.spec), examples, strict=True)
+        ]
+
+
+def _icon(example: Mapping[str, Any]) -> str | None:
+    """The picture an example starts from."""
+    for value in example.values():
+        value = value.get("composite") if isinstance(value, Mapping) else value
+        if isinstance(value, Path):
+            return str(value)
+    return None

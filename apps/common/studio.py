@@ -67,5 +67,7 @@ class Studio:
         return defaults | {name: value for name, value in values.items() if value is not None}
 
     def judge(self, request: Request) -> Verdict:
-        """The safety checker's answer on the final prompt."""
+        """The safety checker's answer on the final prompt; where there is none, there is nothing to judge."""
+        if not request.prompt.strip():
+            return Verdict(True, None, 0.0, "none", "There is no prompt to judge.")
         return self.checker.check(request.prompt)

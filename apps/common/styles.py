@@ -27,6 +27,10 @@ STYLES: dict[str, str] = {
 }
 
 
+# What a style speaks of where a picture is given and no prompt.
+NOTHING = "the scene"
+
+
 def apply(style: str | None, prompt: str) -> str:
     """Return `prompt` dressed in `style`; None and "None" leave it as it is.
 
@@ -35,4 +39,4 @@ def apply(style: str | None, prompt: str) -> str:
     template = STYLES.get(style or NONE)
     if template is None:
         raise RequestError("style", f"style: expected one of {', '.join(STYLES)}, got {style!r}")
-    return template.replace(MARK, prompt.strip()) if template != MARK else prompt
+    return template.replace(MARK, prompt.strip() or NOTHING) if template != MARK else prompt

@@ -18,6 +18,8 @@ from engine.models.families import FAMILIES, family_of_pipeline
 
 __all__ = ["CATALOGUE", "ModelSpec", "Range", "names", "resolve", "zoo_folder"]
 
+_LORA = "pytorch_lora_weights.safetensors"
+
 
 @dataclass(frozen=True)
 class Range:
@@ -36,7 +38,9 @@ class ModelSpec:
     `source` is a diffusers folder or a hub id; `checkpoints` maps a 4-bit precision to a folder, a `.safetensors`
     file or `owner/repo/file.safetensors` on the hub. `lora` is a LoRA file that turns the source's transformer into
     this model's, in every precision (as FLUX.1-Canny-dev-lora does); empty where the source is the model itself.
-    `size` holds pixels (width and height alike).
+    `prior` is the pipeline that puts pictures into the transformer's words (FLUX.1 Redux), `runner` the way pictures
+    are made where it is not the family's own (engine.models.families). A model that starts from a picture can do
+    without a prompt: `prompt_needed`. `size` holds pixels (width and height alike).
     """
 
     name: str
@@ -50,6 +54,9 @@ class ModelSpec:
     size: Range = Range(1024, 256, 2048, 16)
     max_sequence_length: int = 512
     lora: str = ""
+    prior: str = ""
+    runner: str = ""
+    prompt_needed: bool = True
     licence: str = ""
     gated: bool = False
     download_gib: float = 0.0
@@ -115,8 +122,23 @@ def _tiny() -> ModelSpec:
 
 def _tuned(name: str, title: str, pipeline: str, guidance: Range) -> ModelSpec:
     """The small FLUX with a LoRA that makes it read a control map, or a picture with a hole."""
-    lora = zoo_folder() / f"{name.removeprefix('tiny-')}-tiny" / "pytorch_lora_weights.safetensors"
+    lora = zoo_folder() / f"{name.removeprefix('tiny-')}-tiny" / _LORA
     return replace(_tiny(), name=name, title=title, pipeline=pipeline, lora=str(lora), guidance=guidance)
+
+
+def _redux(base: ModelSpec, name: str, title: str, prior: str, guidance: Range, lora: str = "") -> ModelSpec:
+    """A FLUX that is told what to paint by pictures; a small one needs a LoRA to understand them."""
+    return replace(
+        base, name=name, title=title, prior=prior, lora=lora, runner="redux", prompt_needed=False, guidance=guidance
+    )
+
+
+def _sketch(base: ModelSpec, name: str, title: str, lora: str) -> ModelSpec:
+    """A FLUX that paints line drawings in one step, by a pix2pix-turbo LoRA."""
+    once = Range(1, 1, 1)
+    return replace(
+        base, name=name, title=title, lora=lora, runner="sketch", prompt_needed=False, steps=once, guidance=None
+    )
 
 
 def _tiny_sana() -> ModelSpec:
@@ -154,22 +176,33 @@ def _sana() -> ModelSpec:
 
 
 def _rows() -> tuple[ModelSpec, ...]:
+    schnell = _flux(
+        "flux.1-schnell",
+        "FLUX.1 [schnell]",
+        "FLUX.1-schnell",
+        steps=Range(4, 1, 8),
+        guidance=None,
+        max_sequence_length=256,
+        licence="Apache-2.0",
+    )
+    dev, tiny, zoo = _flux("flux.1-dev", "FLUX.1 [dev]", "FLUX.1-dev"), _tiny(), zoo_folder()
+    tiny_sketch, tiny_prior = str(zoo / "sketch-tiny" / _LORA), zoo / "redux-tiny"
+    large_sketch = "mit-han-lab/svdq-flux.1-schnell-pix2pix-turbo/sketch.safetensors"
+    large_prior = "black-forest-labs/FLUX.1-Redux-dev"
     return (
-        _tiny(),
+        tiny,
         _tuned("tiny-canny", "Tiny FLUX Canny", "FluxControlPipeline", Range(3.0, 1.0, 6.0, 0.1)),
         _tuned("tiny-depth", "Tiny FLUX Depth", "FluxControlPipeline", Range(3.0, 1.0, 6.0, 0.1)),
         _tuned("tiny-fill", "Tiny FLUX Fill", "FluxFillPipeline", Range(3.0, 1.0, 6.0, 0.1)),
-        _tiny_sana(),
-        _flux(
-            "flux.1-schnell",
-            "FLUX.1 [schnell]",
-            "FLUX.1-schnell",
-            steps=Range(4, 1, 8),
-            guidance=None,
-            max_sequence_length=256,
-            licence="Apache-2.0",
+        _redux(
+            tiny, "tiny-redux", "Tiny FLUX Redux", str(tiny_prior), Range(2.0, 1.0, 6.0, 0.1), str(tiny_prior / _LORA)
         ),
-        _flux("flux.1-dev", "FLUX.1 [dev]", "FLUX.1-dev"),
+        _sketch(tiny, "tiny-sketch", "Tiny FLUX Sketch", tiny_sketch),
+        _tiny_sana(),
+        schnell,
+        dev,
+        _redux(dev, "flux.1-redux-dev", "FLUX.1 Redux [dev]", large_prior, Range(2.5, 1.0, 10.0, 0.1)),
+        _sketch(schnell, "flux.1-schnell-sketch", "FLUX.1 [schnell] Sketch", large_sketch),
         _tool("Fill", "FluxFillPipeline", Range(30.0, 1.0, 50.0, 0.1)),
         _tool("Depth", "FluxControlPipeline", Range(10.0, 1.0, 30.0, 0.1)),
         _tool("Canny", "FluxControlPipeline", Range(30.0, 1.0, 50.0, 0.1)),
@@ -184,6 +217,8 @@ ALIASES: Mapping[str, str] = {
     "fill": "flux.1-fill-dev",
     "depth": "flux.1-depth-dev",
     "canny": "flux.1-canny-dev",
+    "redux": "flux.1-redux-dev",
+    "sketch": "flux.1-schnell-sketch",
     "sana": "sana-1.6b",
 }
 
@@ -219,7 +254,7 @@ def _from_folder(folder: Path) -> ModelSpec:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(f"model: {folder} holds no model_index.json, so it is not a diffusers pipeline folder")
-    rows = (row for row in CATALOGUE.values() if not row.lora)
+    rows = (row for row in CATALOGUE.values() if not row.lora and not row.prior)
     known = next((row for row in rows if Path(row.source) == folder.resolve()), None)
     if known is not None:
         return known

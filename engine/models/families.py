@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelError
 
-__all__ = ["FAMILIES", "Family", "family", "family_of_pipeline"]
+if TYPE_CHECKING:
+    from engine.models.catalogue import ModelSpec
+
+__all__ = ["FAMILIES", "Family", "family", "family_of_pipeline", "runner"]
 
 
 @dataclass(frozen=True)
 class Family:
     """A row of the table; modules and classes are imported when first asked for.
 
-    `leaves` is the module that says which leaves become 4-bit (engine.models.install.Family), `runner` the one that
-    makes pictures with the family's pipelines (encode, denoise, decode, settle).
+    `leaves` is the module that says which leaves become 4-bit (engine.models.install.Family), `runner_module` the one
+    that makes pictures with the family's pipelines (encode, denoise, decode, settle).
     """
 
     name: str
@@ -27,10 +30,6 @@ class Family:
     @property
     def leaves(self) -> Any:
         return importlib.import_module(self.leaves_module)
-
-    @property
-    def runner(self) -> Any:
-        return importlib.import_module(self.runner_module)
 
     @property
     def transformer_class(self) -> Any:
@@ -45,6 +44,15 @@ FAMILIES = {
         Family("sana", "engine.models.sana", "engine.models.run_sana", pipelines="Sana"),
     )
 }
+
+
+# Models that start from more than words, by ModelSpec.runner.
+_RUNNERS = {"redux": "engine.models.run_redux", "sketch": "engine.models.run_sketch"}
+
+
+def runner(spec: ModelSpec) -> Any:
+    """The module that makes pictures with a model, stage by stage: settle, encode, denoise, decode."""
+    return importlib.import_module(_RUNNERS[spec.runner] if spec.runner else family(spec.family).runner_module)
 
 
 def family(name: str) -> Family:

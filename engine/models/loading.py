@@ -14,9 +14,9 @@ import torch
 from engine.errors import CheckpointError, ModelError
 from engine.linear import Activation
 from engine.models.catalogue import ModelSpec
-from engine.models.families import family
+from engine.models.families import family, runner
 
-__all__ = ["LOADING", "add_lora", "bf16_transformer", "pipeline", "quantized_transformer"]
+__all__ = ["LOADING", "add_lora", "bf16_transformer", "parts", "pipeline", "quantized_transformer"]
 
 DTYPE = torch.bfloat16
 # Held by whoever opens a model: while they do, diffusers and transformers change torch's modules for all threads, and
@@ -53,7 +53,7 @@ def add_lora(spec: ModelSpec, transformer: Any) -> None:
         return
     from engine.lora import load_lora
 
-    if not Path(spec.lora).is_file():
+    if Path(spec.lora).is_absolute() and not Path(spec.lora).is_file():
         raise ModelError(f"{spec.lora}: the LoRA of {spec.title} is not there; fetch the folder again")
     load_lora(transformer, spec.lora, name=spec.name)
     transformer.register_to_config(
@@ -69,19 +69,25 @@ def pipeline(spec: ModelSpec, transformer: Any, device: torch.device, share: Any
     if share is not None:
         # The scheduler holds the state of a run, so each engine has its own.
         scheduler = share.scheduler.from_config(share.scheduler.config)
-        parts = {**share.components, "transformer": transformer, "scheduler": scheduler}
-        pipe = pipeline_class(**parts)
+        pipe = pipeline_class(**{**share.components, "transformer": transformer, "scheduler": scheduler})
     else:
         with _explained(spec):
             pipe = pipeline_class.from_pretrained(spec.source, transformer=transformer, dtype=DTYPE)
-        for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module) and part is not transformer:
+        for part in parts(pipe).values():
+            if part is not transformer:
                 part.to(device).eval().requires_grad_(False)
         if device.type == "cpu":
             settle_vae_on_cpu(pipe.vae)
     pipe.set_progress_bar_config(disable=True)
-    family(spec.family).runner.settle(pipe)
+    with _explained(spec):
+        runner(spec).settle(pipe, spec, device, share)
     return pipe
+
+
+def parts(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The networks of a pipeline, those of its prior too, by name."""
+    found = {**getattr(getattr(pipe, "prior", None), "components", {}), **pipe.components}
+    return {name: part for name, part in found.items() if isinstance(part, torch.nn.Module)}
 
 
 def settle_vae_on_cpu(vae: torch.nn.Module) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["decode", "denoise", "encode", "settle"]
 
 
-def settle(pipe: Any) -> None:
+def settle(pipe: Any, spec: ModelSpec, device: torch.device, share: Any | None) -> None:
     """Nothing to set up in a FLUX pipeline."""
 
 

@@ -19,7 +19,7 @@ __all__ = ["decode", "denoise", "encode", "settle"]
 _TEXT_INPUTS = ("negative_prompt", "clean_caption", "complex_human_instruction")
 
 
-def settle(pipe: Any) -> None:
+def settle(pipe: Any, spec: ModelSpec, device: torch.device, share: Any | None) -> None:
     """Choose the layer that perturbed attention acts on: 2/5 of the way in, which is layer 8 of 20."""
     if hasattr(pipe, "set_pag_applied_layers"):
         layer = 2 * len(pipe.transformer.transformer_blocks) // 5

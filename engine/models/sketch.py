@@ -26,7 +26,17 @@ from torch import Tensor
 
 from engine.errors import ArgumentError, ModelError
 
-__all__ = ["ALPHA", "GUIDANCE", "erosion", "sketch_to_image", "strength_by_peft", "to_lines"]
+__all__ = [
+    "ALPHA",
+    "GUIDANCE",
+    "erosion",
+    "mix",
+    "one_step",
+    "pixels",
+    "sketch_to_image",
+    "strength_by_peft",
+    "to_lines",
+]
 
 ALPHA = 0.28
 GUIDANCE = 1.0  # what a transformer with a guidance embedding is told; sketch LoRAs are trained at this one value
@@ -116,21 +126,21 @@ def sketch_to_image(
     states, pooled, text_ids = pipe.encode_prompt(
         prompt=prompts, prompt_2=None, device=device, max_sequence_length=max_sequence_length
     )
-    encoded = _encode(pipe, lines.to(device), generator)
-    z = randn_tensor(encoded.shape, generator=generator, device=device, dtype=pipe.transformer.dtype)
-    x0 = _one_step(pipe, (1 - alpha) * z + alpha * encoded, states, pooled, text_ids, guidance)
-    pixels = pipe.vae.decode(_unscaled(pipe, x0, height, width), return_dict=False)[0]
-    return pipe.image_processor.postprocess(pixels.float(), output_type=output_type)
+    noisy = mix(pipe, lines.to(device), alpha, generator)
+    x0 = one_step(pipe, noisy, states, pooled, text_ids, guidance)
+    return pipe.image_processor.postprocess(pixels(pipe, x0, height, width), output_type=output_type)
 
 
-def _encode(pipe: Any, lines: Tensor, generator: Any) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w)."""
+def mix(pipe: Any, lines: Tensor, alpha: float, generator: Any) -> Tensor:
+    """Lines (B, 3, H, W) in [-1, 1] to the noise to start from (B, C, h, w): alpha of their latents in it."""
     config = pipe.vae.config
     drawn = pipe.vae.encode(lines.to(pipe.vae.dtype)).latent_dist.sample(generator)
-    return (drawn - config.shift_factor) * config.scaling_factor
+    encoded = (drawn - config.shift_factor) * config.scaling_factor
+    z = randn_tensor(encoded.shape, generator=generator, device=lines.device, dtype=pipe.transformer.dtype)
+    return (1 - alpha) * z + alpha * encoded
 
 
-def _one_step(pipe: Any, noisy: Tensor, states: Tensor, pooled: Tensor, text_ids: Tensor, guidance: float) -> Tensor:
+def one_step(pipe: Any, noisy: Tensor, states: Tensor, pooled: Tensor, text_ids: Tensor, guidance: float) -> Tensor:
     """Packed latents (B, N, 4C) of the picture: sigma goes from 1 to 0 in one stride."""
     batch, channels, h, w = noisy.shape
     dtype = pipe.transformer.dtype
@@ -149,6 +159,8 @@ def _one_step(pipe: Any, noisy: Tensor, states: Tensor, pooled: Tensor, text_ids
     return x.float() - velocity.float()
 
 
-def _unscaled(pipe: Any, packed: Tensor, height: int, width: int) -> Tensor:
+def pixels(pipe: Any, packed: Tensor, height: int, width: int) -> Tensor:
+    """Packed latents to pictures (B, 3, height, width) about [-1, 1], float32."""
     latents = pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor)
-    return (latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).to(pipe.vae.dtype)
+    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float()

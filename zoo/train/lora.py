@@ -132,6 +132,23 @@ def read_file(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return {key.removeprefix("transformer."): value for key, value in load_file(path).items()}, about
 
 
+def restore(transformer: nn.Module, folder: Path) -> None:
+    """Read back what `save` wrote into the layers that learn.
+
+    Raises ValueError when the file has other layers or other shapes.
+    """
+    tensors, _ = read_file(folder)
+    learning = {f"{name}.{part}.weight": getattr(layer, part)
+                for name, layer in layers(transformer).items() for part in ("lora_A", "lora_B")}  # fmt: skip
+    wrong = sorted(k for k in {*learning, *tensors}
+                   if k not in learning or k not in tensors or learning[k].shape != tensors[k].shape)  # fmt: skip
+    if wrong:
+        raise ValueError(f"{folder} does not fit the layers that learn: {', '.join(wrong[:3])}")
+    with torch.no_grad():
+        for key, parameter in learning.items():
+            parameter.copy_(tensors[key])
+
+
 def merge(base: Path, folder: Path) -> FluxTransformer2DModel:
     """The base's transformer with a LoRA file added to its weights and its input widened, in float32.
 

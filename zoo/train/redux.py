@@ -4,10 +4,11 @@
     python -m zoo.train.redux --link zoo/weights/redux-tiny --base zoo/weights/flux-tiny      after moving a folder
 
 `--minutes` is the whole run by the wall clock. Writes OUT/model (FluxPriorReduxPipeline.from_pretrained opens it),
-OUT/samples and OUT/logs. The transformer stays as it is. Two stages: the tower learns to name objects (seconds), then
-flow matching through the frozen transformer, conditioned as the two pipelines condition it: the empty prompt's states,
-then the picture's tokens. Two pictures in five are mixes: the weighted sum of two pictures' tokens should paint the
-objects of both.
+OUT/samples and OUT/logs. Two stages: the tower learns to name objects (seconds), then
+flow matching through the transformer, conditioned as the two pipelines condition it: the empty prompt's states, then
+the picture's tokens. Two pictures in five are mixes: the weighted sum of two pictures' tokens should paint the objects
+of both. The transformer gets a LoRA, OUT/model/pytorch_lora_weights.safetensors: so small a one knows captions of a few
+words and makes blobs of 144 tokens that are none (tried: colours right, shapes not).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from diffusers import FluxPipeline, FluxPriorReduxPipeline
 from torch import nn
 
 from zoo.scenes.sheet import contact_sheet
-from zoo.train import control, flow, models, redux_cases, redux_model, redux_paint, supply, vocab
+from zoo.train import control, flow, lora, models, redux_cases, redux_model, redux_paint, supply, vocab
 from zoo.train.denoiser import Joint, blocks
 from zoo.train.graph import autocast, compiled
 from zoo.train.log import Log, Meter, plot, unless_it_fails
@@ -31,16 +32,20 @@ from zoo.train.optim import Clock, Ema, FlatModel
 from zoo.train.redux_cases import Batch, Cases
 
 CONFIG = Path(__file__).parents[1] / "configs" / "redux_tiny.json"
+# The picture's words come in by the stream of the text.
+TARGETS = (*lora.TARGETS, r"transformer_blocks\.\d+\.attn\.(add_q_proj|add_k_proj|add_v_proj)")
 
 
 class Frozen(nn.Module):
-    """The base and its empty prompt at every length that is needed."""
+    """The base, frozen but for its LoRA, and its empty prompt at every length that is needed."""
 
     def __init__(self, base: Path, config: dict, tokens: int, device: torch.device) -> None:
         super().__init__()
         self.base, self.parts, self.device = base, models.load(base), device
         self.joint = Joint(self.parts, config["pool"]["size"] // 8)
-        self.requires_grad_(False).eval().to(device)
+        self.requires_grad_(False).eval()
+        lora.inject(self.parts.transformer, config["lora"]["rank"], 64, torch.eye(64), TARGETS)
+        self.to(device)
         self.tokens, self.empty = tokens, {}
         for length in config["train"]["text_lengths"]:
             self.empty[length], self.empty[length + tokens] = self._states(length), self._states(length + tokens)
@@ -124,21 +129,27 @@ def named(learner: Learner) -> dict[str, float]:
 
 
 class Step:
-    """One step of flow matching through the frozen transformer; returns the losses.
+    """One step of flow matching; returns the losses.
 
-    A quarter of the rows learn the guided velocity, as the base answers to prompts: the truth, and (g - 1) times what
-    the picture's tokens add to the empty prompt at g = 1.
+    Some rows are told nothing. Once there is a teacher (a copy of the weights that stands still, see `adapt`), one row
+    in four learns the guided velocity, as the base answers to prompts: the truth, and (g - 1) times what the picture's
+    tokens add to the empty prompt in the teacher's eyes.
     """
 
-    def __init__(self, learner: Learner, config: dict) -> None:
-        self.learner, self.config, run = learner, config, learner.run
+    def __init__(self, learner: Learner, model: FlatModel, config: dict) -> None:
+        self.learner, self.model, self.config, run = learner, model, config, learner.run
         self.generator = torch.Generator(run.world.device).manual_seed(run.args.seed * 1000 + run.world.rank)
-        self.count = 0
+        self.count: int = 0
+        self.teacher: torch.Tensor | None = None
+
+    @property
+    def first(self) -> bool:
+        return self.count <= 2 * len(self.config["text_lengths"])
 
     def length(self, progress: float) -> int:
         """Text tokens of this step. The long layout costs most and waits; but the first steps meet (and compile) it."""
         lengths, self.count = self.config["text_lengths"], self.count + 1
-        late = self.count <= 2 * len(lengths) or progress > self.config["long_from"]
+        late = self.first or progress > self.config["long_from"]
         return lengths[self.count % len(lengths)] if late else lengths[0]
 
     def __call__(self, progress: float) -> dict[str, torch.Tensor]:
@@ -147,46 +158,56 @@ class Step:
         b = self.learner.cases.batch(n, round(n * config["mixed"]), g)
         sigmas = flow.sample_sigmas(n, config["mu"], g, uniform=0.2)
         x, target = flow.interpolate(b.x0, torch.randn(b.x0.shape, generator=g, device=g.device), sigmas)
+        guidance, guided = torch.ones(n, device=g.device), torch.arange(0, n, 4, device=g.device)
+        # The first steps take their own weights for a teacher, to meet (and compile) that path as well.
+        teacher = self.model.flat.clone() if self.teacher is None and self.first else self.teacher
+        if teacher is not None:
+            low, high = config["guidance"]
+            guidance[guided] = low + (high - low) * torch.rand(len(guided), generator=g, device=g.device)
+            added = self.direction(teacher, b, x, sigmas, guided, length)
+            target = target.index_add(0, guided, (guidance[guided] - 1).view(-1, 1, 1) * added)
+        untold = torch.rand(n, generator=g, device=g.device) < config["drop"] * (guidance == 1)
         with autocast(world):
             embeddings, heads = self.learner.embed(b)
             states = frozen.conditioned(embeddings, length)
-        guidance, guided = torch.ones(n, device=g.device), torch.arange(0, n, 4, device=g.device)
-        low, high = config["guidance"]
-        guidance[guided] = low + (high - low) * torch.rand(len(guided), generator=g, device=g.device)
-        added = self.direction(x[guided], sigmas[guided], states[guided], length)
-        target = target.index_add(0, guided, (guidance[guided] - 1).view(-1, 1, 1) * added)
-        with autocast(world):
+            states = torch.where(untold.view(-1, 1, 1), frozen.unconditioned(n, length).to(states.dtype), states)
             loss = flow.velocity_loss(frozen.velocity(x, sigmas, states, guidance), target)
         aid = config["naming"] * (1.1 - progress) * (heads["naming"] + 0.05 * heads["seeing"])
         (loss + aid).backward()
         return {"loss": loss.detach(), **{name: value.detach() for name, value in heads.items()}}
 
     @torch.no_grad()
-    def direction(self, x: torch.Tensor, sigmas: torch.Tensor, states: torch.Tensor, length: int) -> torch.Tensor:
-        """What the pictures' tokens add to the velocity, (k, N, 64) float32."""
-        frozen, twice = self.learner.frozen, lambda t: torch.cat([t, t])
-        both = torch.cat([states, frozen.unconditioned(len(x), length).to(states.dtype)])
-        with autocast(self.learner.run.world):
-            v = frozen.velocity(twice(x), twice(sigmas), both, torch.ones(2 * len(x), device=x.device)).float()
-        return v[: len(x)] - v[len(x) :]
+    def direction(
+        self, teacher: torch.Tensor, b: Batch, x: torch.Tensor, sigmas: torch.Tensor, guided: torch.Tensor, length: int
+    ) -> torch.Tensor:
+        """What the pictures' tokens add to the teacher's velocity in the guided rows, (k, N, 64) float32."""
+        frozen, twice = self.learner.frozen, lambda t: torch.cat([t[guided], t[guided]])
+        with self.model.holding(teacher), autocast(self.learner.run.world):
+            told = frozen.conditioned(self.learner.embed(b)[0], length)[guided]
+            both = torch.cat([told, frozen.unconditioned(len(guided), length).to(told.dtype)])
+            v = frozen.velocity(twice(x), twice(sigmas), both, torch.ones(len(both), device=x.device)).float()
+        return v[: len(guided)] - v[len(guided) :]
 
 
 def learn_flow(learner: Learner, config: dict, deadline: float) -> None:
     """Stage two. The networks end up holding the averaged weights."""
     run, redux = learner.run, learner.redux
     world, log, args = run.world, run.log, run.args
-    model = FlatModel(redux, world, lr=config["lr"], betas=tuple(config["betas"]), weight_decay=config["weight_decay"])
+    transformer = learner.frozen.parts.transformer
+    learning = nn.ModuleList([redux, transformer])
+    model = FlatModel(
+        learning, world, lr=config["lr"], betas=tuple(config["betas"]), weight_decay=config["weight_decay"]
+    )
     ema = Ema(model, config["ema_exponent"])
     clock = Clock(
         world, deadline, warmup=config["warmup"], max_steps=args.max_steps, burn=2 * len(config["text_lengths"]) + 1
     )
-    transformer = learner.frozen.parts.transformer
     tokens = learner.cases.latents.mean.shape[1]
     flops = 2.5 * flow.transformer_flops(
         dict(transformer.config), tokens, config["text_lengths"][0] + learner.frozen.tokens
     )
     meter = Meter(log, "flow", config["batch"] * world.size, flops, world.device.type, world.size)
-    step, saved, running = Step(learner, config), time.time(), True
+    step, saved, running = Step(learner, model, config), time.time(), True
     with compiled(blocks(transformer), config["compile"] and world.cuda) as attempt:
         while running:
             model.zero_grad()
@@ -195,16 +216,24 @@ def learn_flow(learner: Learner, config: dict, deadline: float) -> None:
             ema.update()
             meter.add(**terms, norm=norm)
             running = clock.tick()
+            if step.teacher is None and clock.progress >= config["guided_from"]:
+                step.teacher = ema.flat.clone()
             meter.report(force=not running, lr=round(config["lr"] * clock.factor, 7), progress=round(clock.progress, 3))
             if world.chief and running and time.time() - saved > config["save_seconds"]:
                 saved = time.time()
                 with ema.swapped():
                     log("flow", **validate(learner, config))
-                    redux_model.save(redux, args.out / "model")
+                    save(learner, args.out / "model")
     model.flat.copy_(ema.flat)
     model.broadcast()
     if world.chief:
         log("flow", **validate(learner, config), **named(learner))
+
+
+def save(learner: Learner, folder: Path) -> int:
+    """The prior's folder with the LoRA in it. Returns bytes."""
+    about = {"kind": "redux", "pipeline": "FluxPipeline"}
+    return redux_model.save(learner.redux, folder) + lora.save(learner.frozen.parts.transformer, folder, about)
 
 
 @torch.no_grad()
@@ -237,6 +266,8 @@ def prepare(run: control.Run) -> Learner:
     redux = redux_model.Redux(vision, frozen.parts.transformer.config.joint_attention_dim).to(world.device)
     if run.args.resume:
         redux_model.restore(redux, run.args.resume)
+        if (run.args.resume / lora.WEIGHTS).is_file():
+            lora.restore(frozen.parts.transformer, run.args.resume)
     make = lambda split, count, deadline: redux_cases.build(  # noqa: E731
         frozen.parts.vae,
         pool,
@@ -251,7 +282,8 @@ def prepare(run: control.Run) -> Learner:
         seed=run.args.seed,
     )
     valid = make("test", pool["valid"], time.time() + pool["seconds"])
-    cases = make("train", pool["scenes"], run.deadline(pool["seconds"]))
+    # Counted from here: the held-out cases were the first to wait for compilers and workers.
+    cases = make("train", pool["scenes"], time.time() + pool["seconds"])
     if not run.args.resume:
         with torch.no_grad():
             ids = cases.t5[:256].long()
@@ -268,6 +300,7 @@ def show(run: control.Run, valid: Cases, log: Log) -> None:
     config, device, out = run.config["samples"], run.world.device, run.args.out
     prior = FluxPriorReduxPipeline.from_pretrained(out / "model", torch_dtype=torch.bfloat16).to(device)
     pipe = FluxPipeline.from_pretrained(run.args.base, torch_dtype=torch.bfloat16).to(device)
+    pipe.load_lora_weights(out / "model")
     pipe.set_progress_bar_config(disable=True)
     size, n = run.config["pool"]["size"], config["count"]
     vae, world = pipe.vae.float(), run.world
@@ -321,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
             learn_names(learner, run.config["names"], min(end, time.time() + run.config["names"]["seconds"]))
         learn_flow(learner, run.config["train"], end)
         if world.chief:
-            run.log("redux", bytes=redux_model.save(learner.redux, args.out / "model"))
+            run.log("redux", bytes=save(learner, args.out / "model"))
             redux_model.link(args.out / "model", args.base)
             unless_it_fails(run.log, "sheets", lambda: show(run, learner.valid, run.log))
             unless_it_fails(run.log, "curves", lambda: plot(run.log.path, args.out / "logs" / "curves.png"))

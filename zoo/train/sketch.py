@@ -281,13 +281,16 @@ def prepare(run: control.Run) -> tuple[adapt.Tuned, Cases, Cases]:
     torch.manual_seed(run.args.seed)
     tuned = adapt.Tuned(run.args.base, config, 64, torch.eye(64), run.world)
     on_device(tuned.parts.vae, run.world)
+    if run.args.resume:
+        lora.restore(tuned.parts.transformer, run.args.resume)
     run.log("sketch", layers=len(tuned.names), parameters=sum(p.numel() for p in tuned.parameters() if p.requires_grad))
     pool = run.config["pool"]
     valid = build(
         tuned.parts, pool, run.args.base, run, time.time() + pool["seconds"], split="test", pictures=pool["valid"]
     )
+    # Counted from here: the held-out cases were the first to wait for compilers and workers.
     cases = build(
-        tuned.parts, pool, run.args.base, run, run.deadline(pool["seconds"]), split="train", pictures=pool["pictures"]
+        tuned.parts, pool, run.args.base, run, time.time() + pool["seconds"], split="train", pictures=pool["pictures"]
     )
     return tuned, cases, valid
 
@@ -295,6 +298,7 @@ def prepare(run: control.Run) -> tuple[adapt.Tuned, Cases, Cases]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     control.shared_arguments(parser, CONFIG)
+    parser.add_argument("--resume", type=Path, help="folder of a sketch LoRA to go on from")
     args = parser.parse_args(argv)
     run = control.start(args)
     try:

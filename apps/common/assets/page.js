@@ -17,6 +17,16 @@
     if (event.target.closest("#nb-light")) switchLight();
   });
 
+  // A page to draw on starts with the brush in hand; Gradio starts with the tool that uploads.
+  const takeBrush = new MutationObserver(() => {
+    const brush = document.querySelector(".nb-draw-first button[aria-label=Brush]");
+    if (!brush) return;
+    takeBrush.disconnect();
+    brush.click();
+  });
+  takeBrush.observe(document, { childList: true, subtree: true });
+  window.addEventListener("load", () => setTimeout(() => takeBrush.disconnect(), 60000));
+
   // Gradio's own multi-line box submits on Shift+Enter; people who write prompts press Ctrl+Enter or Cmd+Enter.
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || !event.target.closest("#nb-prompt")) return;

@@ -1,0 +1,1 @@
+"""Variations and mixes of pictures."""

@@ -1,0 +1,6 @@
+"""`python -m apps.redux`."""
+
+from apps.common.cli import main
+from apps.redux.run import APP
+
+raise SystemExit(main(APP))
