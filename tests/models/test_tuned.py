@@ -62,7 +62,7 @@ def test_the_same_request_gives_the_same_bits():
     assert engine.run(request).image.tobytes() == engine.run(request).image.tobytes()
 
 
-def test_a_folder_without_the_lora_names_it():
+def test_a_folder_without_the_lora_names_it(tmp_path):
     spec = catalogue.resolve("tiny-canny")
     with pytest.raises(ModelError, match="the LoRA of Tiny FLUX Canny is not there"):
-        Engine.load(dataclasses.replace(spec, lora="nowhere.safetensors"), "bf16", device="cpu")
+        Engine.load(dataclasses.replace(spec, lora=str(tmp_path / "nowhere.safetensors")), "bf16", device="cpu")
