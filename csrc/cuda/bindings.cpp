@@ -31,13 +31,29 @@ Status dequantize(uintptr_t codes, uintptr_t scales, uintptr_t out, int64_t n, i
 }
 
 // Addresses and sizes come as tuples in the order of the struct's members: fewer arguments, the same cost.
-Status linear_fp8(const std::array<uintptr_t, 8>& a, const std::array<int64_t, 6>& sizes, int scale_dtype, int y_dtype,
+Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 6>& sizes, int scale_dtype, int y_dtype,
                   bool gelu, int tile, uintptr_t stream) {
-  return linear_fp8_sm90a(
-      {at<const uint8_t>(a[0]), at<const uint16_t>(a[1]), at<const uint16_t>(a[2]), at<const float>(a[3]),
-       at<const uint8_t>(a[4]), at<const float>(a[5]), at<const uint16_t>(a[6]), at<void>(a[7]), sizes[0], sizes[1],
-       sizes[2], sizes[3], sizes[4], sizes[5], DType(scale_dtype), DType(y_dtype), gelu, tile},
-      at<void>(stream));
+  return linear_fp8_sm90a({at<const uint8_t>(a[0]),
+                           at<const uint16_t>(a[1]),
+                           at<const uint16_t>(a[2]),
+                           at<const float>(a[3]),
+                           at<const uint8_t>(a[4]),
+                           at<const float>(a[5]),
+                           at<const uint16_t>(a[6]),
+                           at<void>(a[7]),
+                           sizes[0],
+                           sizes[1],
+                           sizes[2],
+                           sizes[3],
+                           sizes[4],
+                           sizes[5],
+                           DType(scale_dtype),
+                           DType(y_dtype),
+                           gelu,
+                           tile,
+                           at<uint8_t>(a[8]),
+                           at<float>(a[9])},
+                          at<void>(stream));
 }
 
 Status quantize_fp8(uintptr_t x, int64_t m, int64_t k, int64_t x_stride, const std::array<uintptr_t, 5>& target,

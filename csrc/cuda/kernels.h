@@ -32,7 +32,10 @@ struct LinearFp8 {
   int64_t m, n, k, n_valid, k_valid, rank;
   DType scale_dtype, y_dtype;
   bool gelu;  // y = gelu(y), tanh form
-  int tile;   // tokens of a tile: 64, 128 or 176; 0 chooses
+  int tile;   // tokens of a tile: 64, 128 or 176 (128, 192 or 256 where `wide` is given); 0 chooses
+  // Room for the weights in e4m3, n * k bytes on a 128-byte border, and their row scales, n: pays for many tokens.
+  uint8_t* wide;
+  float* row_scale;
 };
 
 // A linear that reads the tokens of QuantizeFp8: inv_smooth (K) fp32 or null, down (R,K) bf16 -> codes (M,K) e4m3,

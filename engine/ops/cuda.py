@@ -17,6 +17,8 @@ from engine.ops.reference import QuantizedAct
 
 __all__ = ["check", "kernels", "linear", "quantize_act", "svdq_linear"]
 
+# From so many tokens on a product is faster with weights that were widened to 8 bits first (csrc/cuda/sm90a/widen.cuh).
+WIDE_FROM = 1024
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum DType in csrc/ops.h
 
 
@@ -65,20 +67,28 @@ def _quantize(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> tuple[Tensor, T
 
 
 def _multiply(
-    codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: Spec, out_dtype: torch.dtype
+    codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: Spec, out_dtype: torch.dtype, tile: int = 0
 ) -> Tensor:
     parts, m = spec.sections, codes.shape[0]
     y = torch.empty((m, spec.n), dtype=out_dtype, device=codes.device)
     base = blob.data_ptr()
     weights = tuple(base + parts[name].offset for name in ("codes", "scales", "up", "bias"))
-    addresses = (*weights, codes.data_ptr(), scales.data_ptr(), low_rank.data_ptr(), y.data_ptr())
     blocks = parts["codes"].shape
     sizes = (m, blocks[0] * 64, blocks[1] * 64, spec.n, spec.k, spec.rank)
+    wide, row_scale = _room(sizes, codes.device) if m >= WIDE_FROM else (None, None)
+    addresses = (*weights, codes.data_ptr(), scales.data_ptr(), low_rank.data_ptr(), y.data_ptr())
+    addresses += (wide.data_ptr() if wide is not None else 0, row_scale.data_ptr() if row_scale is not None else 0)
     with torch.cuda.device(codes.device):
         stream = torch.cuda.current_stream().cuda_stream
         scale_dtype = DTYPES[parts["scales"].dtype]
-        check(kernels().linear_fp8_sm90a(addresses, sizes, scale_dtype, DTYPES[out_dtype], False, 0, stream))
+        check(kernels().linear_fp8_sm90a(addresses, sizes, scale_dtype, DTYPES[out_dtype], False, tile, stream))
     return y
+
+
+def _room(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where a layer's weights are widened to e4m3 for one product, and their row scales."""
+    n, k = sizes[1:3]
+    return torch.empty(n * k, dtype=torch.uint8, device=device), torch.empty(n, dtype=torch.float32, device=device)
 
 
 def quantize_act(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> QuantizedAct:

@@ -209,9 +209,9 @@ def unpack(packed: PackedLinear) -> CanonicalLinear:
 def pack_awq(weight: AwqWeight, backend: str, dtype: torch.dtype = torch.bfloat16) -> PackedAwq:
     """Tile a weight-only linear for `backend`; `dtype` is that of the tokens. Raises ArgumentError as pack() does.
 
-    sm90a has no kernel of its own for it: it is packed for `reference`.
+    sm90a has no kernel of its own for it and takes that of sm80, which runs there too.
     """
-    backend = "reference" if backend == "sm90a" else backend
+    backend = "sm80" if backend == "sm90a" else backend
     spec = _spec_of("awq", weight, backend, dtype, 0)
     blob = _empty(spec, weight.codes.device)
     parts = spec.sections

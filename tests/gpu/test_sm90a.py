@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.ops import backends, reference
+from engine.ops import backends, cuda, reference
 from tests.ops.cases import CASES, DTYPES, Case, allowed_error, random_linear, tokens
 from tests.ops.test_wgmma64 import without_minus_eight
 
@@ -46,6 +46,9 @@ def test_close_to_the_reference(case: Case, dtype: torch.dtype):
     error = (y.double() - exact).abs()
     # The matrix units keep 13 bits below the largest term of each sum of 32.
     allowed = allowed_error(act, linear, exact, dtype) + magnitudes(act, linear) * 2.0**-12 + exact.abs() * 2.0**-8
+    if case.m >= cuda.WIDE_FROM:  # weights rounded to four significant bits: half a step each, at random
+        assert error.square().mean().sqrt() <= 0.04 * exact.square().mean().sqrt()
+        allowed = allowed + magnitudes(act, linear) * 2.0**-4
     assert (error <= allowed).all(), f"worst is {(error / allowed).max():.2f} times the allowed error"
     assert torch.equal(ops.svdq_linear(x, packed, "fp8").view(y.shape), y)
 

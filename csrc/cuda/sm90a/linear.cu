@@ -1,8 +1,11 @@
 // Launches the W4A8 linear of Hopper: tensor maps, tile size, grid.
-#include "linear.cuh"
+#include "linear_wide.cuh"
 #include "tensor_map.cuh"
 
 #include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <initializer_list>
 
 namespace nibble {
 namespace {
@@ -26,22 +29,26 @@ int multiprocessors() {
   return count;
 }
 
-template <int kTokens>
-Status launch(const LinearFp8& p, int clusters, cudaStream_t stream) {
+using Kernel = void (*)(CUtensorMap, CUtensorMap, CUtensorMap, sm90a::Args);
+
+// `out_tokens`: how many of a tile's tokens are written at once.
+Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int shared, int clusters,
+              cudaStream_t stream) {
   using namespace sm90a;
-  using S = Shape<kTokens>;
-  const int64_t panels = p.n / kRows, pairs = (panels + 3) / 4, token_tiles = (p.m + kTokens - 1) / kTokens;
+  const int64_t panels = p.n / kRows, pairs = (panels + 3) / 4, token_tiles = (p.m + tokens - 1) / tokens;
   const bool boxed = p.y_dtype != DType::fp32 && p.n_valid % 8 == 0;
   CUtensorMap act, low_rank{}, out{};
-  bool made = map_rows(&act, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.act, p.m, p.k_valid, kTokens / 2);
-  if (p.rank) made &= map_rows(&low_rank, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.low_rank, p.m, p.rank, kTokens / 2);
-  if (boxed) made &= map_rows(&out, sixteen_bits(p.y_dtype), 2, p.y, p.m, p.n_valid, kTokens);
+  bool made = map_rows(&act, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.act, p.m, p.k_valid, tokens / 2);
+  if (p.rank) made &= map_rows(&low_rank, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.low_rank, p.m, p.rank, tokens / 2);
+  if (boxed) made &= map_rows(&out, sixteen_bits(p.y_dtype), 2, p.y, p.m, p.n_valid, out_tokens);
   if (!made) return "the driver refused to describe a tensor to the copy engine";
   const Args args{p.codes,
                   p.wscales,
                   p.up,
                   p.bias,
                   p.act_scale,
+                  p.wide,
+                  p.row_scale,
                   p.y,
                   static_cast<int>(p.m),
                   static_cast<int>(p.n_valid),
@@ -54,12 +61,34 @@ Status launch(const LinearFp8& p, int clusters, cudaStream_t stream) {
                   p.y_dtype,
                   boxed,
                   p.gelu};
-  cudaError_t error =
-      cudaFuncSetAttribute(linear_fp8_kernel<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const int grid = 2 * (args.tiles < clusters ? args.tiles : clusters);
-  linear_fp8_kernel<kTokens><<<grid, kThreads, S::kShared, stream>>>(act, low_rank, out, args);
+  kernel<<<grid, kThreads, shared, stream>>>(act, low_rank, out, args);
   error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <int kTokens>
+Status narrow(const LinearFp8& p, int clusters, cudaStream_t stream) {
+  using namespace sm90a;
+  return launch(linear_fp8_kernel<kTokens>, p, kTokens, kTokens, Shape<kTokens>::kShared, clusters, stream);
+}
+
+template <int kTokens>
+Status wide(const LinearFp8& p, int clusters, cudaStream_t stream) {
+  using namespace sm90a;
+  using S = WideShape<kTokens>;
+  return launch(linear_wide_kernel<kTokens>, p, kTokens, S::kOut, S::kShared, clusters, stream);
+}
+
+Status widen(const LinearFp8& p, int multiprocessors, cudaStream_t stream) {
+  using namespace sm90a;
+  const int panels = static_cast<int>(p.n / kRows), steps = static_cast<int>(p.k / kInputs);
+  const int splits = std::min(steps, (8 * multiprocessors + panels - 1) / panels), each = (steps + splits - 1) / splits;
+  const dim3 grid(panels, (steps + each - 1) / each);
+  widen_kernel<<<grid, 128, 0, stream>>>({p.codes, p.wscales, p.wide, p.row_scale, steps, each, p.scale_dtype});
+  const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -76,15 +105,25 @@ Status linear_fp8_sm90a(const LinearFp8& p, void* stream) {
   if (!sm90a::encode()) return "this driver has no tensor maps (CUDA 12 or newer is needed)";
   const int clusters = multiprocessors() / 2;
   const auto at = static_cast<cudaStream_t>(stream);
-  int tokens = p.tile ? static_cast<int>(p.tile) : 64;
-  if (!p.tile) {
-    for (const int wider : {128, 176}) {
-      if (rounds(p, wider, clusters) <= rounds(p, tokens, clusters)) tokens = wider;
+  const auto chosen = [&](std::initializer_list<int> widths) {
+    if (p.tile) return p.tile;
+    int best = *widths.begin();
+    for (const int width : widths) {
+      if (rounds(p, width, clusters) <= rounds(p, best, clusters)) best = width;
     }
+    return best;
+  };
+  if (p.wide) {
+    if (const Status failed = widen(p, 2 * clusters, at)) return failed;
+    const int tokens = chosen({128, 192, 256});
+    return tokens == 128   ? wide<128>(p, clusters, at)
+           : tokens == 192 ? wide<192>(p, clusters, at)
+                           : wide<256>(p, clusters, at);
   }
-  if (tokens == 64) return launch<64>(p, clusters, at);
-  if (tokens == 128) return launch<128>(p, clusters, at);
-  return launch<176>(p, clusters, at);
+  const int tokens = chosen({64, 128, 176});
+  return tokens == 64    ? narrow<64>(p, clusters, at)
+         : tokens == 128 ? narrow<128>(p, clusters, at)
+                         : narrow<176>(p, clusters, at);
 }
 
 }  // namespace nibble

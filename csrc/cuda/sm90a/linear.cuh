@@ -38,6 +38,8 @@ struct Args {
   const uint16_t* up;
   const float* bias;
   const float* act_scale;
+  const uint8_t* wide;     // weights in e4m3, see widen.cuh
+  const float* row_scale;  // theirs
   void* y;
   int m, n_valid, panels, steps, rank, token_tiles, tiles;
   DType scale_dtype, y_dtype;
@@ -224,14 +226,13 @@ __device__ void multiply(const Args& p, Stage<kTokens> at, Turn<Shape<kTokens>::
 }
 
 // sum += up x low_rank, both in 16 bits: `up` comes from registers, the tokens' projections through the ring.
-template <int kTokens>
-__device__ void add_low_rank(const Args& p, Stage<kTokens> at, Turn<Shape<kTokens>::kStages>& turn, int panel,
-                             float (&sum)[kTokens / 2]) {
+template <int kTokens, class At, class Ring>
+__device__ void add_low_rank(const Args& p, At at, Ring& turn, int panel, float (&sum)[kTokens / 2]) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const uint16_t* up = p.up + (int64_t{panel} * kRows + thread / 32 * 16 + lane / 4) * p.rank + lane % 4 * 2;
   for (int base = 0; base < p.rank; base += kRanks, turn.next()) {
     barrier_wait(at.full + turn.stage * 8, turn.phase);
-    const uint64_t tokens = operand_descriptor(at.tokens + turn.stage * Shape<kTokens>::kTokenBytes);
+    const uint64_t tokens = operand_descriptor(at.tokens + turn.stage * kTokens * 128);
     for (int r = 0; r < kRanks && base + r < p.rank; r += 16) {
       const auto word = [&](int rows, int ranks) {
         return *reinterpret_cast<const uint32_t*>(up + int64_t{rows} * p.rank + base + r + ranks);
@@ -247,9 +248,10 @@ __device__ void add_low_rank(const Args& p, Stage<kTokens> at, Turn<Shape<kToken
   }
 }
 
+// kTokens tokens from `token` on; `sum` is where theirs begin.
 template <int kTokens, bool kBfloat16>
 __device__ void store_boxed(const CUtensorMap& out, uint32_t buffer, int group, int panel, int token,
-                            const float (&sum)[kTokens / 2]) {
+                            const float* sum) {
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   if (thread == 0) store_wait_read();
   warpgroup_sync(group);
@@ -289,6 +291,32 @@ __device__ void store_plain(const Args& p, int panel, int token, const float (&s
   }
 }
 
+// Sums of products become numbers: each has its token's scale, and its row's.
+template <int kTokens>
+__device__ void scale_sums(const Args& p, int token, float low, float high, float (&sum)[kTokens / 2]) {
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; ++j) {
+    const int m = token + j * 8 + threadIdx.x % 4 * 2;
+    const float even = m < p.m ? p.act_scale[m] : 0.0f, odd = m + 1 < p.m ? p.act_scale[m + 1] : 0.0f;
+    sum[4 * j] *= even * low;
+    sum[4 * j + 1] *= odd * low;
+    sum[4 * j + 2] *= even * high;
+    sum[4 * j + 3] *= odd * high;
+  }
+}
+
+// + bias, and what stands behind it. `n` is the first of this thread's two rows.
+template <int kTokens>
+__device__ void finish_sums(const Args& p, int n, float (&sum)[kTokens / 2]) {
+  const float low = p.bias[n], high = p.bias[n + 8];
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) sum[i] += i & 2 ? high : low;
+  if (p.gelu) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) sum[i] = gelu(sum[i]);
+  }
+}
+
 template <int kTokens>
 __device__ void compute(const CUtensorMap& out, const Args& p, Stage<kTokens> at, int cluster, int clusters,
                         uint32_t rank_in_cluster, int group) {
@@ -302,25 +330,9 @@ __device__ void compute(const CUtensorMap& out, const Args& p, Stage<kTokens> at
     const int panel = real ? wanted : 0;
     float sum[kTokens / 2];
     multiply<kTokens>(p, at, turn, group, tile + clusters >= p.tiles, sum);
-#pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-      const int m = token + j * 8 + lane % 4 * 2;
-      const float even = m < p.m ? p.act_scale[m] * kCodeUnit : 0.0f;
-      const float odd = m + 1 < p.m ? p.act_scale[m + 1] * kCodeUnit : 0.0f;
-      sum[4 * j] *= even;
-      sum[4 * j + 1] *= odd;
-      sum[4 * j + 2] *= even;
-      sum[4 * j + 3] *= odd;
-    }
+    scale_sums<kTokens>(p, token, kCodeUnit, kCodeUnit, sum);
     if (p.rank) add_low_rank<kTokens>(p, at, turn, panel, sum);
-    const int n = panel * kRows + thread / 32 * 16 + lane / 4;
-    const float low = p.bias[n], high = p.bias[n + 8];
-#pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) sum[i] += i & 2 ? high : low;
-    if (p.gelu) {
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) sum[i] = gelu(sum[i]);
-    }
+    finish_sums<kTokens>(p, panel * kRows + thread / 32 * 16 + lane / 4, sum);
     if (!real) continue;
     const uint32_t buffer = at.out + group * Shape<kTokens>::kOutBytes;
     if (p.boxed && p.y_dtype == DType::bf16) {
