@@ -99,7 +99,7 @@ def quantized(device: str, config: dict, activation: str, rank: int) -> nn.Modul
             layers[name] = layer
         install(model, group, layers, backend=backend, activation=resolve_activation(activation, where),
                 dtype=torch.bfloat16)  # fmt: skip
-    flux.use_fused_qkv(model)
+    flux.fuse(model)
     rest = {name: torch.randn(p.shape, device=where, dtype=torch.bfloat16) * 0.02
             for name, p in model.state_dict().items() if p.is_meta}  # fmt: skip
     model.load_state_dict(rest, strict=False, assign=True)

@@ -60,7 +60,7 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
             if tile not in (0, 128, *((64, 176) if name == "narrow" else (192, 256))):
                 continue
             cuda.WIDE_FROM = start
-            run = lambda tile=tile: cuda._multiply(*parts, packed.blob, packed.spec, torch.bfloat16, tile)  # noqa: E731
+            run = lambda tile=tile: cuda._multiply(*parts, packed.blob, packed.spec, torch.bfloat16, tile=tile)  # noqa: E731
             times[f"{name}{tile or ''}"] = microseconds(run)
     cuda.WIDE_FROM = WIDE_FROM
     times["ours"] = microseconds(lambda: ops.svdq_linear(x, packed, "fp8"))

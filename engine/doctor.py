@@ -19,7 +19,7 @@ _ABOUT = {
     "avx512": "AVX-512 with VNNI dot products",
     "avx2": "AVX2",
     "scalar": "compiled, without vector instructions",
-    "sm90a": "Hopper (H100, H200), W4A8; new, taken where ENGINE_BACKEND=sm90a says so",
+    "sm90a": "Hopper (H100, H200), W4A8 with e4m3 tokens",
     "sm80": "Ampere and later, W4A4 and W4A8 by integers; new, taken where ENGINE_BACKEND=sm80 says so",
     "reference": "plain torch: right everywhere, slow",
 }

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import ops
@@ -34,7 +35,8 @@ class SVDQuantLinear(nn.Module):
     """y = dequant(codes) @ quantize(x / smooth) + lora_up @ (lora_down @ x) + bias  (SVDQuant, arXiv 2411.05007).
 
     `linear` holds N rows over K inputs with a rank-R branch in the canonical layout; it is re-tiled for `backend`.
-    `unsigned_input` says that x is a GELU output, which W4A4 shifts and quantizes to 0..15.
+    `unsigned_input` says that x is a GELU output, which W4A4 shifts and quantizes to 0..15. Set `gelu` where the layer
+    shall apply GELU itself: a kernel can do that at no cost.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class SVDQuantLinear(nn.Module):
         self.own_rank = linear.rank
         self.branch_scale: Tensor | None = None
         self.bias_delta: Tensor | None = None
+        self.gelu = False
         self._hold(ops.pack(linear, backend, dtype))
 
     def _mode_on(self, backend: str) -> tuple[str, str]:
@@ -68,14 +71,17 @@ class SVDQuantLinear(nn.Module):
         return mode, (backend if mode in modes else "reference")
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) -> (..., N), in the dtype of x."""
+        """x (..., K) -> (..., N), in the dtype of x; with `gelu`, GELU of that in its tanh form."""
+        if self.branch_scale is None and self.bias_delta is None:
+            return ops.svdq_linear(x, self.packed, self.mode, self.gelu)
         if self.branch_scale is None:
             y = ops.svdq_linear(x, self.packed, self.mode)
         else:
             act = ops.quantize_act(x, self.packed, self.mode)
             act = act._replace(low_rank=act.low_rank * self.branch_scale)
             y = ops.linear(act, self.packed, x.dtype).view(*x.shape[:-1], self.out_features)
-        return y if self.bias_delta is None else y + self.bias_delta
+        y = y if self.bias_delta is None else y + self.bias_delta
+        return F.gelu(y, approximate="tanh") if self.gelu else y
 
     def extend_branch(self, down: Tensor | None, up: Tensor | None, scale: Tensor | None) -> None:
         """Put more ranks (LoRAs) beside the layer's own: down (R', K), up (N, R'), R' a multiple of 16.

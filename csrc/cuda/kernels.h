@@ -19,11 +19,14 @@ Status dequantize_int4_sm120a(const DequantizeInt4&, void* stream);
 
 // y (M,N) = weights x tokens in W4A8 with e4m3 tokens: sum_g scale_w[g] dot_g, * scale_act, + up x low_rank, + bias.
 //   codes [N/64][K/64][128][16]: what thread t of a warpgroup feeds to wgmma; engine/ops/wgmma64.py draws it
-//   wscales [N/64][K/64][64] 16-bit; up (N,R) bf16; bias (N) fp32; act (M,k_valid) e4m3; act_scale (M) fp32
-//   low_rank (M,R) bf16. n and k are padded to multiples of 128, y has n_valid columns.
+//   wscales [N/64][K/64][64] 16-bit; row_most (N) fp32, a row's largest scale; up (N,R) bf16; bias (N) fp32; act
+//   (M,k_valid) e4m3; act_scale (M) fp32 low_rank (M,R) bf16. n and k are padded to multiples of 128, y has n_valid
+//   columns.
 struct LinearFp8 {
   const uint8_t* codes;
-  const uint16_t *wscales, *up;
+  const uint16_t* wscales;
+  const float* row_most;
+  const uint16_t* up;
   const float* bias;
   const uint8_t* act;
   const float* act_scale;
@@ -31,11 +34,9 @@ struct LinearFp8 {
   void* y;
   int64_t m, n, k, n_valid, k_valid, rank;
   DType scale_dtype, y_dtype;
-  bool gelu;  // y = gelu(y), tanh form
-  int tile;   // tokens of a tile: 64, 128 or 176 (128, 192 or 256 where `wide` is given); 0 chooses
-  // Room for the weights in e4m3, n * k bytes on a 128-byte border, and their row scales, n: pays for many tokens.
-  uint8_t* wide;
-  float* row_scale;
+  bool gelu;      // y = gelu(y), tanh form
+  int tile;       // tokens of a tile: 64, 128 or 176 (128, 192 or 256 where `wide` is given); 0 chooses
+  uint8_t* wide;  // room for the weights in e4m3, n * k bytes on a 128-byte border, or null: pays for many tokens
 };
 
 // A linear that reads the tokens of QuantizeFp8: inv_smooth (K) fp32 or null, down (R,K) bf16 -> codes (M,K) e4m3,

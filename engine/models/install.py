@@ -44,7 +44,7 @@ class Family(Protocol):
 
     def prepare(self, model: Any) -> Any: ...
     def plan(self, model: Any) -> list[LinearGroup]: ...
-    def use_fused_qkv(self, model: Any) -> None: ...
+    def fuse(self, model: Any) -> None: ...
 
 
 def expected_keys(model: nn.Module, groups: Iterable[LinearGroup], quantization: Quantization) -> set[str]:
@@ -101,7 +101,7 @@ def load_quantized(
             if progress:
                 progress(done, len(groups))
         _load_rest(model, files, dtype)
-    family.use_fused_qkv(model)
+    family.fuse(model)
     return model.eval().requires_grad_(False)
 
 

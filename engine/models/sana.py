@@ -24,6 +24,7 @@ __all__ = [
     "ChannelsLastGLU",
     "LinearAttention",
     "PerturbedAttention",
+    "fuse",
     "plan",
     "prepare",
     "use_fused_qkv",
@@ -79,6 +80,11 @@ def plan(model: SanaTransformer2DModel) -> list[LinearGroup]:
             LinearGroup((f"{block}.ff.conv_point",)),
         ]
     return groups
+
+
+def fuse(model: SanaTransformer2DModel) -> None:
+    """Everything that makes fewer and larger calls of a model whose linears were replaced, in place."""
+    use_fused_qkv(model)
 
 
 def use_fused_qkv(model: SanaTransformer2DModel) -> None:

@@ -85,14 +85,16 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
     return _linear(act.codes, act.scales, act.low_rank, packed.blob, packed.spec.key, out_dtype)
 
 
-def svdq_linear(x: Tensor, packed: PackedLinear, mode: str) -> Tensor:
+def svdq_linear(x: Tensor, packed: PackedLinear, mode: str, gelu: bool = False) -> Tensor:
     """x (..., K) of any strides -> y (..., N) in the dtype of x: quantize_act and linear in one call.
+
+    `gelu` applies GELU in its tanh form to the result; on sm90a before it is rounded, at no cost.
 
     Raises ArgumentError and BackendError as quantize_act does.
     """
     _check_tokens(x, packed)
     _check_mode(mode, packed.backend)
-    return _svdq_linear(x, packed.blob, packed.spec.key, mode)
+    return _svdq_linear(x, packed.blob, packed.spec.key, mode, gelu)
 
 
 def awq_linear(x: Tensor, packed: PackedAwq) -> Tensor:

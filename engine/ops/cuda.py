@@ -67,28 +67,24 @@ def _quantize(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> tuple[Tensor, T
 
 
 def _multiply(
-    codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: Spec, out_dtype: torch.dtype, tile: int = 0
-) -> Tensor:
+    codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: Spec, out_dtype: torch.dtype,
+    *, gelu: bool = False, tile: int = 0,
+) -> Tensor:  # fmt: skip
     parts, m = spec.sections, codes.shape[0]
     y = torch.empty((m, spec.n), dtype=out_dtype, device=codes.device)
     base = blob.data_ptr()
-    weights = tuple(base + parts[name].offset for name in ("codes", "scales", "up", "bias"))
+    weights = tuple(base + parts[name].offset for name in ("codes", "scales", "row_most", "up", "bias"))
     blocks = parts["codes"].shape
     sizes = (m, blocks[0] * 64, blocks[1] * 64, spec.n, spec.k, spec.rank)
-    wide, row_scale = _room(sizes, codes.device) if m >= WIDE_FROM else (None, None)
+    # Where the weights are widened to e4m3, for this one product.
+    wide = torch.empty(sizes[1] * sizes[2] if m >= WIDE_FROM else 0, dtype=torch.uint8, device=codes.device)
     addresses = (*weights, codes.data_ptr(), scales.data_ptr(), low_rank.data_ptr(), y.data_ptr())
-    addresses += (wide.data_ptr() if wide is not None else 0, row_scale.data_ptr() if row_scale is not None else 0)
+    addresses += (wide.data_ptr() if m >= WIDE_FROM else 0,)
     with torch.cuda.device(codes.device):
         stream = torch.cuda.current_stream().cuda_stream
         scale_dtype = DTYPES[parts["scales"].dtype]
-        check(kernels().linear_fp8_sm90a(addresses, sizes, scale_dtype, DTYPES[out_dtype], False, tile, stream))
+        check(kernels().linear_fp8_sm90a(addresses, sizes, scale_dtype, DTYPES[out_dtype], gelu, tile, stream))
     return y
-
-
-def _room(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where a layer's weights are widened to e4m3 for one product, and their row scales."""
-    n, k = sizes[1:3]
-    return torch.empty(n * k, dtype=torch.uint8, device=device), torch.empty(n, dtype=torch.float32, device=device)
 
 
 def quantize_act(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> QuantizedAct:
@@ -104,6 +100,7 @@ def linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: torch.dtype) 
     return _multiply(codes.contiguous(), scales.contiguous(), factors, blob, spec, out_dtype)
 
 
-def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> Tensor:
-    """x (..., K) -> y (..., N) in the dtype of x: quantize_act and linear in one call."""
-    return _multiply(*_quantize(x, blob, spec, mode), blob, spec, x.dtype).view(*x.shape[:-1], spec.n)
+def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str, gelu: bool = False) -> Tensor:
+    """x (..., K) -> y (..., N) in the dtype of x: quantize_act, linear and, if wanted, GELU in its tanh form."""
+    y = _multiply(*_quantize(x, blob, spec, mode), blob, spec, x.dtype, gelu=gelu)
+    return y.view(*x.shape[:-1], spec.n)

@@ -288,6 +288,7 @@ def _wgmma64(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         "down": (torch.bfloat16, (spec.rank, spec.k)),
         "inv_smooth": (torch.float32, (spec.k,)),
         "bias": (torch.float32, (n,)),
+        "row_most": (torch.float32, (n,)),
         "smooth": (torch.float32, (spec.k,)),
     }
 
@@ -301,6 +302,7 @@ def _fill_wgmma64(linear: CanonicalLinear, blob: Tensor, parts: dict[str, Sectio
     smooth = torch.ones(linear.k, device=blob.device) if linear.smooth is None else linear.smooth.float()
     parts["codes"].of(blob).copy_(wgmma64.tile_codes(split_nibbles(linear.codes)))
     parts["scales"].of(blob).copy_(wgmma64.tile_scales(linear.wscales))
+    parts["row_most"].of(blob)[: linear.n].copy_(linear.wscales.float().abs().amax(1))
     parts["smooth"].of(blob).copy_(smooth)
     parts["inv_smooth"].of(blob).copy_(1.0 / smooth)
     if linear.bias is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import cpu, cuda, reference, sm80
@@ -20,7 +21,7 @@ _library.define("quantize_act(Tensor x, Tensor blob, str spec, str mode) -> (Ten
 _library.define(
     "linear(Tensor codes, Tensor scales, Tensor low_rank, Tensor blob, str spec, ScalarType out_dtype) -> Tensor"
 )
-_library.define("svdq_linear(Tensor x, Tensor blob, str spec, str mode) -> Tensor")
+_library.define("svdq_linear(Tensor x, Tensor blob, str spec, str mode, bool gelu=False) -> Tensor")
 _library.define("awq_linear(Tensor x, Tensor blob, str spec) -> Tensor")
 
 
@@ -51,12 +52,16 @@ def _linear(codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec:
     return run(QuantizedAct(codes, scales, low_rank), blob, parsed, out_dtype)
 
 
-def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str) -> Tensor:
+def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str, gelu: bool = False) -> Tensor:
     parsed = parse(spec)
+    if parsed.backend == "sm90a":
+        return cuda.svdq_linear(x, blob, parsed, mode, gelu)
     if parsed.backend != "reference":
-        return _compiled(parsed).svdq_linear(x, blob, parsed, mode)
-    act = _reference_quantize(x, blob, parsed, mode)
-    return _reference_linear(act, blob, parsed, x.dtype).view(*x.shape[:-1], parsed.n)
+        y = _compiled(parsed).svdq_linear(x, blob, parsed, mode)
+    else:
+        act = _reference_quantize(x, blob, parsed, mode)
+        y = _reference_linear(act, blob, parsed, x.dtype).view(*x.shape[:-1], parsed.n)
+    return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def _awq_linear(x: Tensor, blob: Tensor, spec: str) -> Tensor:
@@ -92,7 +97,7 @@ def _(codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, 
 
 
 @torch.library.register_fake("nibble::svdq_linear", lib=_library)
-def _(x: Tensor, blob: Tensor, spec: str, mode: str) -> Tensor:
+def _(x: Tensor, blob: Tensor, spec: str, mode: str, gelu: bool = False) -> Tensor:
     return x.new_empty((*x.shape[:-1], parse(spec).n))
 
 

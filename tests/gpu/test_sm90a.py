@@ -70,3 +70,13 @@ def test_the_same_bits_again():
 def test_packing_on_the_device_gives_the_same_bytes():
     linear = without_minus_eight(random_linear(Case(1, 200, 320, 32)))
     assert torch.equal(ops.pack(on_device(linear), "sm90a").blob.cpu(), ops.pack(linear, "sm90a").blob)
+
+
+@pytest.mark.parametrize("m", [96, 1500])
+def test_gelu_is_applied_before_rounding(m: int):
+    case = Case(m, 512, 1536, 32)
+    packed = ops.pack(on_device(without_minus_eight(random_linear(case))), "sm90a")
+    x = tokens(case, torch.bfloat16).cuda()
+    act = ops.quantize_act(x, packed, "fp8")
+    wanted = torch.nn.functional.gelu(ops.linear(act, packed, torch.float32), approximate="tanh")
+    torch.testing.assert_close(ops.svdq_linear(x, packed, "fp8", gelu=True).float(), wanted, rtol=2**-8, atol=2e-3)

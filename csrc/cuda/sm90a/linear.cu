@@ -48,7 +48,7 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
                   p.bias,
                   p.act_scale,
                   p.wide,
-                  p.row_scale,
+                  p.row_most,
                   p.y,
                   static_cast<int>(p.m),
                   static_cast<int>(p.n_valid),
@@ -87,7 +87,7 @@ Status widen(const LinearFp8& p, int multiprocessors, cudaStream_t stream) {
   const int panels = static_cast<int>(p.n / kRows), steps = static_cast<int>(p.k / kInputs);
   const int splits = std::min(steps, (8 * multiprocessors + panels - 1) / panels), each = (steps + splits - 1) / splits;
   const dim3 grid(panels, (steps + each - 1) / each);
-  widen_kernel<<<grid, 128, 0, stream>>>({p.codes, p.wscales, p.wide, p.row_scale, steps, each, p.scale_dtype});
+  widen_kernel<<<grid, 128, 0, stream>>>({p.codes, p.wscales, p.row_most, p.wide, steps, each, p.scale_dtype});
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

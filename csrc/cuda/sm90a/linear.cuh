@@ -38,8 +38,8 @@ struct Args {
   const uint16_t* up;
   const float* bias;
   const float* act_scale;
-  const uint8_t* wide;     // weights in e4m3, see widen.cuh
-  const float* row_scale;  // theirs
+  const uint8_t* wide;  // weights in e4m3, see widen.cuh
+  const float* row_most;
   void* y;
   int m, n_valid, panels, steps, rank, token_tiles, tiles;
   DType scale_dtype, y_dtype;

@@ -105,7 +105,7 @@ __device__ void compute_wide(const CUtensorMap& out, const Args& p, WideStage<kT
     const int panel = real ? wanted : 0, n = panel * kRows + thread / 32 * 16 + lane / 4;
     float sum[kTokens / 2];
     multiply_wide<kTokens>(p, at, turn, group, sum);
-    scale_sums<kTokens>(p, token, p.row_scale[n], p.row_scale[n + 8], sum);
+    scale_sums<kTokens>(p, token, p.row_most[n] / kLargest, p.row_most[n + 8] / kLargest, sum);
     if (p.rank) add_low_rank<kTokens>(p, at, turn, panel, sum);
     finish_sums<kTokens>(p, n, sum);
     if (!real) continue;

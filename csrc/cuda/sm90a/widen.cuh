@@ -12,13 +12,13 @@
 namespace nibble::sm90a {
 
 constexpr int kWideBytes = kRows * kInputs;
-constexpr float kLargest = 32;  // a code of 1 in the group with the row's largest scale: 8 of them stay below 448
+constexpr float kLargest = 32;  // what a code of 1 becomes in the group with its row's largest scale
 
 struct Widen {
   const uint8_t* codes;
   const uint16_t* wscales;
+  const float* row_most;
   uint8_t* out;
-  float* row_scale;
   int steps, steps_each;
   DType scale_dtype;
 };
@@ -39,41 +39,52 @@ __device__ inline uint32_t choose(uint32_t codes, uint2 from) {
   return __byte_perm(from.x, from.y, __byte_perm(joined, 0, 0x4420)) | (codes & 0x80808080u);
 }
 
+// Words c of lanes q of four: afterwards lane q holds word q of all four, in the order of the lanes.
+__device__ inline uint4 gather_four(const uint32_t (&word)[4], int q) {
+  const bool odd = q & 1, upper = q & 2;
+  uint32_t w[4] = {word[0], word[1], word[2], word[3]};
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? w[i] : w[i + 1], 1);
+    (odd ? w[i] : w[i + 1]) = got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? w[i] : w[i + 2], 2);
+    (upper ? w[i] : w[i + 2]) = got;
+  }
+  return {w[0], w[1], w[2], w[3]};
+}
+
 // A block takes 64 outputs and some of the inputs, 128 at a time.
 __global__ void __launch_bounds__(128) widen_kernel(const Widen p) {
-  __shared__ float most[2][kRows];
-  const int thread = threadIdx.x, lane = thread % 32, panel = blockIdx.x, groups = 2 * p.steps;
-  const uint16_t* scales = p.wscales + int64_t{panel} * groups * kRows;
-  float largest = 0.0f;
-  for (int g = thread / kRows; g < groups; g += 2) {
-    largest = fmaxf(largest, fabsf(scale_value(scales[g * kRows + thread % kRows], p.scale_dtype)));
-  }
-  most[thread / kRows][thread % kRows] = largest;
-  __syncthreads();
-  const auto row_most = [&](int row) { return fmaxf(most[0][row], most[1][row]); };
-  if (blockIdx.y == 0 && thread < kRows) p.row_scale[panel * kRows + thread] = row_most(thread) / kLargest;
-  const int low = thread / 32 * 16 + lane / 4;
-  const auto inverse = [&](int row) { return row_most(row) > 0.0f ? kLargest / row_most(row) : 0.0f; };
+  const int thread = threadIdx.x, lane = thread % 32, panel = blockIdx.x, low = thread / 32 * 16 + lane / 4;
+  const uint16_t* scales = p.wscales + int64_t{panel} * 2 * p.steps * kRows + low;
+  const auto inverse = [&](int row) {
+    const float most = p.row_most[panel * kRows + row];
+    return most > 0.0f ? kLargest / most : 0.0f;
+  };
   const float units[2] = {inverse(low), inverse(low + 8)};
   const int first = blockIdx.y * p.steps_each, last = min(first + p.steps_each, p.steps);
+#pragma unroll 2
   for (int step = first; step < last; ++step) {
     const int64_t block = int64_t{panel} * p.steps + step;
-    uint8_t* out = p.out + block * kWideBytes + low * kInputs + lane % 4 * 4;
+    uint8_t* out = p.out + block * kWideBytes + low * kInputs;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4 w =
           *reinterpret_cast<const uint4*>(p.codes + block * kCodeBytes + half * (kCodeBytes / 2) + thread * 16);
-      const uint16_t* group = scales + (step * 2 + half) * kRows + low;
-      const uint2 from[2] = {magnitudes(units[0] * scale_value(group[0], p.scale_dtype)),
-                             magnitudes(units[1] * scale_value(group[8], p.scale_dtype))};
+      const uint16_t* group = scales + (step * 2 + half) * kRows;
       uint32_t words[2][4];
       widen(w, words[0], words[1]);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {  // 32 inputs of the block, the half of those, the row
-        const int inputs = i / 4, part = i / 2 % 2, row = i % 2;
-        const int chunk = half * 4 + inputs * 2 + part;
-        *reinterpret_cast<uint32_t*>(out + row * 8 * kInputs + ((chunk ^ (low & 7)) << 4)) =
-            choose(words[inputs][part * 2 + row], from[row]);
+      for (int row = 0; row < 2; ++row) {
+        const uint2 from = magnitudes(units[row] * scale_value(group[row * 8], p.scale_dtype));
+        // In the order of their chunks of 16 inputs; a lane has four inputs of each.
+        const uint32_t mine[4] = {choose(words[0][row], from), choose(words[0][2 + row], from),
+                                  choose(words[1][row], from), choose(words[1][2 + row], from)};
+        const int chunk = half * 4 + lane % 4;
+        *reinterpret_cast<uint4*>(out + row * 8 * kInputs + ((chunk ^ (low & 7)) << 4)) = gather_four(mine, lane % 4);
       }
     }
   }
