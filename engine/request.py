@@ -102,10 +102,14 @@ class Result:
         """Seed the noise was drawn from."""
         return self.request.seed
 
-    def settings(self) -> dict[str, Any]:
-        """All that is needed to make this very picture again; no timings, so equal pictures carry equal text."""
+    def settings(self, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """All that is needed to make this very picture again; no timings, so equal pictures carry equal text.
+
+        `own` are an app's further settings (plain numbers and words), kept under "controls".
+        """
         request = self.request
-        return {
+        more = {"controls": dict(own)} if own else {}
+        return more | {
             "prompt": request.prompt,
             "seed": request.seed,
             "steps": request.steps,
@@ -130,13 +134,13 @@ class Result:
             "device": self.device,
         }
 
-    def save(self, path: str | Path) -> Path:
-        """Write a PNG that carries `settings()`; written to a temporary file first, then renamed."""
+    def save(self, path: str | Path, own: Mapping[str, Any] | None = None) -> Path:
+        """Write a PNG that carries `settings(own)`; written to a temporary file first, then renamed."""
         from PIL.PngImagePlugin import PngInfo
 
         path = Path(path)
         info = PngInfo()
-        info.add_itxt(METADATA_KEY, json.dumps(self.settings(), ensure_ascii=False))
+        info.add_itxt(METADATA_KEY, json.dumps(self.settings(own), ensure_ascii=False))
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
         try:
             with os.fdopen(handle, "wb") as file:

@@ -15,9 +15,11 @@ from engine import RequestError
 __all__ = ["add", "endpoint"]
 
 
-def add(studio: Studio) -> None:
-    """Add /generate to the page being built. It shares the device's queue with the page's own runs."""
-    gr.api(endpoint(studio), api_name="generate", concurrency_id="device", concurrency_limit=1)
+def add(studio: Studio, name: str = "generate") -> None:
+    """Add /generate (or /`name`) to the page being built. It shares the device's queue with the page's own runs."""
+    function = endpoint(studio)
+    function.__name__ = name
+    gr.api(function, api_name=name, concurrency_id="device", concurrency_limit=1)
 
 
 def endpoint(studio: Studio) -> Callable[..., tuple[dict, dict]]:
@@ -49,10 +51,11 @@ def endpoint(studio: Studio) -> Callable[..., tuple[dict, dict]]:
 
 
 def _answer(studio: Studio, job: Job) -> tuple[dict, dict]:
-    for event in events(studio.pool, job):
+    for event in events(job.pool or studio.pool, job):
         if isinstance(event, Finished):
-            path = studio.pictures.save(event.result)
-            facts = {"settings": event.result.settings(), "measurements": event.result.measurements()}
+            own = studio.own_settings(job.values)
+            path = studio.pictures.save(event.result, own)
+            facts = {"settings": event.result.settings(own), "measurements": event.result.measurements()}
             return gr.FileData(path=path, mime_type="image/png").model_dump(), facts
         if isinstance(event, Failed):
             raise gr.Error(event.text, print_exception=False)
@@ -60,11 +63,11 @@ def _answer(studio: Studio, job: Job) -> tuple[dict, dict]:
 
 
 def _signature(studio: Studio) -> inspect.Signature:
-    spec, any_order = studio.choice.spec, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    any_order = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = []
     # Python wants what has no default first; the page may have another order.
     for control in sorted(studio.controls, key=lambda control: control.name != "prompt"):
-        default = inspect.Parameter.empty if control.name == "prompt" else control.default(spec)
+        default = inspect.Parameter.empty if control.name == "prompt" else control.default(studio.spec_for(control))
         parameters.append(inspect.Parameter(control.name, any_order, default=default, annotation=control.kind))
     # A Literal of one value has no list of choices to show.
     last = studio.pool.precisions[-1]
@@ -73,8 +76,12 @@ def _signature(studio: Studio) -> inspect.Signature:
     return inspect.Signature(parameters, return_annotation=tuple[dict, dict])
 
 
+def _titles(studio: Studio) -> str:
+    return " or ".join(room.spec.title for room in studio.rooms.values())
+
+
 def _document(studio: Studio) -> str:
-    lines = [f"{studio.app.title}: paint one picture with {studio.choice.spec.title}, in one precision.", "", "Args:"]
+    lines = [f"{studio.app.title}: paint one picture with {_titles(studio)}, in one precision.", "", "Args:"]
     lines += [f"    {control.name}: {control.describe}" for control in studio.controls]
     lines += [f"    precision: One of {', '.join(studio.pool.precisions)}.", "", "Returns:"]
     lines += ["    The picture, a PNG file that carries its settings.", "    Settings and measurements of the run."]

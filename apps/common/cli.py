@@ -11,14 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.common.app import App
-from apps.common.models import choose
+from apps.common.models import beside, choose
 from engine import EngineError
 from engine.models.catalogue import ModelSpec
 
 if TYPE_CHECKING:
-    from apps.common.studio import Studio
+    from apps.common.shelf import Shelf
+    from apps.common.studio import Room, Studio
 
-__all__ = ["launch", "main", "open_studio", "parser"]
+__all__ = [
+    "add_groups",
+    "bare_parser",
+    "begin",
+    "launch",
+    "loader_for",
+    "main",
+    "open_studio",
+    "parser",
+    "precisions_of",
+    "rooms_of",
+    "serve",
+    "serve_options",
+    "stay_open",
+]
 
 ASSETS = Path(__file__).with_name("assets")
 CHECKERS = ("words", "qwen3guard", "shieldgemma", "off")
@@ -39,18 +54,26 @@ In Python or from another program: gradio_client.Client("http://127.0.0.1:7860")
 def parser(app: App) -> argparse.ArgumentParser:
     """The parser that every app uses."""
     run = f"python apps/{app.slug}/run.py"
-    this = argparse.ArgumentParser(
-        prog=run,
-        description=f"Nibble Studio, {app.title}. {app.summary}",
-        epilog=_EXAMPLES.replace("{run}", run),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    models = this.add_argument_group("what paints")
+    this = bare_parser(run, f"Nibble Studio, {app.title}. {app.summary}", _EXAMPLES.replace("{run}", run))
+    models = add_groups(this)
     models.add_argument(
         "--model", default="auto", metavar="M",
         help="auto (a large model where a CUDA device and its weights are here, else tiny), "
         f"{', '.join(app.models)}, a diffusers folder or a hub id (default auto)",
     )  # fmt: skip
+    return this
+
+
+def bare_parser(run: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with no flags yet."""
+    return argparse.ArgumentParser(
+        prog=run, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_groups(this: argparse.ArgumentParser) -> Any:
+    """Add the flags that all pages share; returns the group of those that say what paints."""
+    models = this.add_argument_group("what paints")
     models.add_argument(
         "--precisions", nargs="+", metavar="P", help="a column each, painted in this order (default: all the model has)"
     )
@@ -58,7 +81,7 @@ def parser(app: App) -> argparse.ArgumentParser:
     models.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda[:index] (default auto)")
     _add_serving(this)
     _add_safety(this)
-    return this
+    return models
 
 
 def _add_serving(this: argparse.ArgumentParser) -> None:
@@ -94,8 +117,7 @@ def _positive(text: str) -> int:
 def main(app: App, argv: Sequence[str] | None = None) -> int:
     """Serve `app` until interrupted. Returns the exit status: 0 after an interrupt, 2 for an unusable value."""
     args = parser(app).parse_args(argv)
-    logging.basicConfig(format="%(name)s: %(message)s")
-    _stay_home()
+    begin()
     from safety import SafetyError
 
     try:
@@ -112,8 +134,9 @@ def main(app: App, argv: Sequence[str] | None = None) -> int:
         studio.pictures.close()
 
 
-def _stay_home() -> None:
-    """Nothing is reported to anybody. Set before gradio and huggingface_hub are imported, which read it then."""
+def begin() -> None:
+    """What comes before gradio and huggingface_hub are imported: they read then that nothing is reported to anybody."""
+    logging.basicConfig(format="%(name)s: %(message)s")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -123,20 +146,37 @@ def open_studio(app: App, args: argparse.Namespace, loader: Callable[..., Any] |
 
     Raises ModelError, ArgumentError or SafetyError with one sentence; a checker that fails to load ends the start.
     """
-    from apps.common.pool import Pool
+    from apps.common.shelf import Shelf
     from apps.common.studio import Studio
+    from apps.deploy import zero
     from safety import load_checker
 
+    rooms = rooms_of(app, args, Shelf(loader or loader_for(args)))
+    # On ZeroGPU prompts are judged before a GPU is lent.
+    checker = load_checker(args.safety, device="cpu" if zero.here() else args.device, path=args.safety_path)
+    if zero.here():
+        zero.borrow([room.pool for room in rooms])
+    else:
+        rooms[0].pool.start()
+    return Studio(app, rooms, checker)
+
+
+def rooms_of(app: App, args: argparse.Namespace, shelf: Shelf) -> list[Room]:
+    """The models that the page of `app` can run, the one it opens with first; nothing is loaded yet.
+
+    Raises ModelError or ArgumentError with one sentence.
+    """
+    from apps.common.studio import Room
+
     choice = choose(args.model, app.models, _has_cuda)
-    precisions = _precisions(choice.spec, args.precisions)
+    precisions = precisions_of(choice.spec, args.precisions)
     _check_device(args.device)
-    checker = load_checker(args.safety, device=args.device, path=args.safety_path)
-    pool = Pool(choice.spec, precisions, loader or _loader(args))
-    pool.start()
-    return Studio(app, choice, pool, checker)
+    others = [other for other in beside(choice, app.models) if set(precisions) <= set(other.spec.precisions)]
+    return [Room(each, shelf.pool(each.spec, precisions)) for each in (choice, *others)]
 
 
-def _precisions(spec: ModelSpec, asked: Sequence[str] | None) -> tuple[str, ...]:
+def precisions_of(spec: ModelSpec, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The precisions asked for, or all of the model's. Raises ArgumentError for one it has not, or twice the same."""
     from engine import ArgumentError
 
     precisions = tuple(asked or spec.precisions)
@@ -161,7 +201,9 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _loader(args: argparse.Namespace) -> Callable[..., Any]:
+def loader_for(args: argparse.Namespace) -> Callable[..., Any]:
+    """What a pool calls to open an engine on the device of the command line."""
+
     def load(spec: ModelSpec, precision: str, share: Any, progress: Callable[[str], None]) -> Any:
         # Imported in the loading thread: the page is up while torch and diffusers still come in.
         from engine.generate import Engine
@@ -187,9 +229,14 @@ def _hush() -> None:
 def launch(studio: Studio, **options: Any) -> Any:
     """Build the page and serve it; `options` go to Gradio's launch. Returns the Blocks."""
     from apps.common.shell import build
+
+    return serve(build(studio), **options)
+
+
+def serve(demo: Any, **options: Any) -> Any:
+    """Serve a built page with the look of the suite; `options` go to Gradio's launch. Returns the Blocks."""
     from apps.common.theme import NibbleTheme
 
-    demo = build(studio)
     demo.queue(max_size=options.pop("max_queue", 20), default_concurrency_limit=16)
     demo.launch(
         theme=NibbleTheme(),
@@ -215,19 +262,28 @@ def _has_mcp() -> bool:
 
 def _serve(studio: Studio, args: argparse.Namespace) -> int:
     print(f"Nibble Studio, {studio.app.title}: {studio.choice.spec.title}. {studio.choice.reason}")
-    demo = launch(
-        studio,
-        max_queue=args.max_queue,
-        server_name=args.host,
-        server_port=args.port,
-        share=args.share,
-        root_path=args.root_path or None,
-        inbrowser=args.open_browser,
-        prevent_thread_lock=True,
-        quiet=True,
-    )
+    demo = launch(studio, **serve_options(args))
+    stay_open(demo, args)
+    return 0
+
+
+def serve_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says about serving, in Gradio's words."""
+    return {
+        "max_queue": args.max_queue,
+        "server_name": args.host,
+        "server_port": args.port,
+        "share": args.share,
+        "root_path": args.root_path or None,
+        "inbrowser": args.open_browser,
+        "prevent_thread_lock": True,
+        "quiet": True,
+    }
+
+
+def stay_open(demo: Any, args: argparse.Namespace) -> None:
+    """Say where the page is and serve it until interrupted."""
     print(f"Page: {demo.local_url}", flush=True)
     if args.share:
         print(f"Public link: {demo.share_url}", flush=True)
     demo.block_thread()
-    return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,7 @@ __all__ = [
     "decimal",
     "fitting_size",
     "guidance",
+    "model",
     "number",
     "picture",
     "prompt",
@@ -50,14 +51,24 @@ def _always(spec: ModelSpec) -> bool:
     return True
 
 
+def _never(value: Any, spec: ModelSpec) -> bool:
+    return False
+
+
+def _between(low: float, high: float) -> Callable[[Any, ModelSpec], bool]:
+    return lambda value, spec: isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
 @dataclass(frozen=True)
 class Control:
     """One value a user sets.
 
     `kind` is its type in the programming interface and `describe` its sentence there. `build` makes the component for
     a model; `default` is its value when nobody sets it; `applies` says whether the model has such a setting at all.
-    `place` is where the page puts it: "picture", "more" (further pictures, folded), "prompt", "under" (right under the
-    prompt), "seed", "size" or "options".
+    `recalls` says of a setting that only this app has whether a value out of a picture's file can be taken.
+    `ranged` says that its limits or default depend on the model.
+    `place` is where the page puts it: "model" (at the top), "picture", "more" (further pictures, folded), "prompt",
+    "under" (right under the prompt), "seed", "size" or "options".
     """
 
     name: str
@@ -67,6 +78,8 @@ class Control:
     default: Callable[[ModelSpec], Any]
     place: str = "options"
     applies: Callable[[ModelSpec], bool] = _always
+    recalls: Callable[[Any, ModelSpec], bool] = _never
+    ranged: bool = False
 
 
 # gradio takes seconds to import, so each `build` imports it: a command that only prints its help does not wait.
@@ -173,7 +186,9 @@ def choice(name: str, label: str, options: tuple[str, ...], info: str) -> Contro
 
         return gr.Dropdown(list(options), value=options[0], label=label, info=info, elem_id=f"nb-{name}")
 
-    return Control(name, Literal[options], info, build, lambda spec: options[0])
+    return Control(
+        name, Literal[options], info, build, lambda spec: options[0], recalls=lambda value, spec: value in options
+    )
 
 
 def number(
@@ -186,7 +201,10 @@ def number(
 
         return gr.Slider(limits[0], limits[1], limits[2], step=1, label=label, info=info, elem_id=f"nb-{name}")
 
-    return Control(name, int, f"{info}, {limits[0]} to {limits[1]}.", build, lambda spec: limits[2], applies=applies)
+    described = f"{info}, {limits[0]} to {limits[1]}."
+    return Control(
+        name, int, described, build, lambda spec: limits[2], applies=applies, recalls=_between(limits[0], limits[1])
+    )
 
 
 def decimal(
@@ -209,7 +227,10 @@ def decimal(
 
         return gr.Slider(low, high, default(spec), step=step, label=label, info=info, elem_id=f"nb-{name}")
 
-    return Control(name, float, f"{info}. {low:g} to {high:g}.", build, default, place=place)
+    return Control(
+        name, float, f"{info}. {low:g} to {high:g}.", build, default, place=place,
+        recalls=_between(low, high), ranged=callable(usual),
+    )  # fmt: skip
 
 
 def check_number(name: str, value: Any, limits: tuple[float, float]) -> float:
@@ -228,7 +249,26 @@ def check(name: str, label: str, info: str) -> Control:
 
         return gr.Checkbox(False, label=label, info=info, elem_id=f"nb-{name}")
 
-    return Control(name, bool, info, build, lambda spec: False)
+    return Control(name, bool, info, build, lambda spec: False, recalls=lambda value, spec: isinstance(value, bool))
+
+
+def model(specs: Sequence[ModelSpec]) -> Control:
+    """Which of several models paints; the first unless another is chosen."""
+    names = tuple(spec.name for spec in specs)
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        return gr.Radio([(each.title, each.name) for each in specs], value=names[0], label="Model", elem_id="nb-model")
+
+    return Control(
+        name="model",
+        kind=Literal[names],
+        describe=f"Which model paints: {', '.join(names)}.",
+        default=lambda spec: names[0],
+        place="model",
+        build=build,
+    )
 
 
 def seed() -> Control:
@@ -258,6 +298,7 @@ def steps() -> Control:
         default=lambda spec: None,
         applies=lambda spec: spec.steps.high > spec.steps.low,
         build=lambda spec: _slider("steps", spec.steps, "More steps: more detail, more time"),
+        ranged=True,
     )
 
 
@@ -270,6 +311,7 @@ def guidance() -> Control:
         default=lambda spec: None,
         applies=lambda spec: spec.guidance is not None,
         build=lambda spec: _slider("guidance", spec.guidance, "How closely to follow the prompt"),
+        ranged=True,
     )
 
 
@@ -309,6 +351,7 @@ def _side(name: str) -> Control:
         default=lambda spec: None,
         place="size",
         build=lambda spec: _slider(name, spec.size, f"Pixels, a multiple of {spec.size.step:g}"),
+        ranged=True,
     )
 
 

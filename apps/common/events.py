@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +38,49 @@ def wire(demo: gr.Blocks, page: Page, studio: Studio) -> None:
 
 def _wire_loading(demo: gr.Blocks, page: Page, studio: Studio) -> None:
     clock = gr.Timer(0.7, active=True)
+    switch = page.controls.get("model")
 
-    def look() -> tuple[Any, Any]:
-        return panels.banner(studio.choice, studio.pool, studio.app), gr.Timer(active=not studio.pool.settled)
+    def look(model: str | None = None) -> tuple[Any, Any]:
+        room = studio.room({"model": model})
+        room.pool.start()
+        return panels.banner(room.choice, room.pool, studio.app), gr.Timer(active=not room.pool.settled)
 
     for event in (demo.load, clock.tick):
-        event(look, outputs=[page.banner, clock], queue=False, **PRIVATE)
+        event(look, inputs=[switch] if switch else None, outputs=[page.banner, clock], queue=False, **PRIVATE)
+    if switch is not None:
+        _wire_switch(page, studio, switch, clock, look)
+
+
+def _wire_switch(page: Page, studio: Studio, switch: Any, clock: gr.Timer, look: Callable[..., Any]) -> None:
+    """Another model: its engines are loaded, and controls take its limits and defaults."""
+
+    def tell(model: str) -> tuple[Any, Any, str]:
+        return *look(model), panels.footer(studio.room({"model": model}).choice)
+
+    switch.change(tell, inputs=[switch], outputs=[page.banner, clock, page.footer], queue=False, **PRIVATE)
+    changed = [page.controls[control.name] for control in studio.controls if _depends(control, studio)]
+    switch.input(
+        lambda model: _ranges(page, studio, {"model": model}), inputs=[switch], outputs=changed, queue=False, **PRIVATE
+    )
+
+
+def _depends(control: controls.Control, studio: Studio) -> bool:
+    """Whether a control is not the same for all of the page's models."""
+    return control.ranged or not all(control.applies(room.spec) for room in studio.rooms.values())
+
+
+def _ranges(page: Page, studio: Studio, values: Mapping[str, Any]) -> dict:
+    """The controls that depend on the model, as `values` want them and within the limits of the model they name."""
+    spec, changed = studio.room(values).spec, {}
+    for control in studio.controls:
+        if not _depends(control, studio):
+            continue
+        anew: dict[str, Any] = {"visible": control.applies(spec)}
+        if anew["visible"]:
+            anew |= control.build(spec).constructor_args
+            anew["value"] = values.get(control.name, anew.get("value"))
+        changed[page.controls[control.name]] = gr.update(**anew)
+    return changed
 
 
 def _wire_settings(page: Page, studio: Studio) -> None:
@@ -84,7 +121,7 @@ def _wire_settings(page: Page, studio: Studio) -> None:
         except pictures.NotOurs as error:
             return {page.message: panels.message(str(error))}
         values, note = recalling.fit(settings, studio)
-        return _filled(page, values) | {page.message: panels.message(note, "note")}
+        return _filled(page, studio, values) | {page.message: panels.message(note, "note")}
 
     page.recall.upload(recall, inputs=[page.recall], outputs=_fillable(page), queue=False, **PRIVATE)
 
@@ -110,8 +147,10 @@ def _shape(studio: Studio, path: Any) -> tuple[Any, Any, Any]:
     return *controls.fitting_size(studio.choice.spec, *picture.size), None
 
 
-def _filled(page: Page, values: dict[str, Any]) -> dict:
+def _filled(page: Page, studio: Studio, values: dict[str, Any]) -> dict:
     filled: dict = {page.controls[name]: value for name, value in values.items() if name in page.controls}
+    if values.get("model") in studio.rooms and len(studio.rooms) > 1:
+        filled |= _ranges(page, studio, values)
     if page.aspect is not None and "width" in values:
         filled[page.aspect] = None
     return filled | {page.randomise: False}
@@ -148,7 +187,7 @@ def _wire_history(page: Page, studio: Studio) -> None:
     def reuse(entries: list[history.Entry], index: int | None) -> dict:
         if index is None or not 0 <= index < len(entries):
             return {page.message: panels.message("Choose a picture of this session first.", "note")}
-        return _filled(page, dict(entries[index].values)) | {page.message: ""}
+        return _filled(page, studio, dict(entries[index].values)) | {page.message: ""}
 
     def clear() -> tuple[Any, ...]:
         return [], [], None, gr.update(interactive=False), gr.update(visible=False)

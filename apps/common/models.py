@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.models import catalogue
 from engine.models.catalogue import ModelSpec
 
-__all__ = ["Choice", "choose", "downloaded"]
+__all__ = ["Choice", "beside", "choose", "downloaded"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,18 @@ def choose(model: str, models: Sequence[str], has_cuda: Callable[[], bool]) -> C
     if not has_cuda():
         return Choice(small, f"{ready[0].title} is on this machine, but no CUDA device is, so the small model runs.")
     return Choice(ready[0], "A CUDA device and these weights are on this machine.")
+
+
+def beside(choice: Choice, models: Sequence[str]) -> list[Choice]:
+    """The others of `models` that a page can switch to: as large as the chosen one, and on this machine."""
+    rows = [catalogue.resolve(name) for name in models]
+    if choice.spec not in rows:
+        return []
+    return [
+        Choice(spec, "The page switched to it.")
+        for spec in rows
+        if spec != choice.spec and spec.ships == choice.spec.ships and downloaded(spec)
+    ]
 
 
 def downloaded(spec: ModelSpec) -> bool:

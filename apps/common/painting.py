@@ -90,7 +90,7 @@ class Painter:
         if data[page.randomise]:
             values["seed"] = random.randrange(DRAWN_SEEDS)
         try:
-            job = self.studio.job(values, self.studio.pool.precisions)
+            job = self.studio.job(values, tuple(page.columns))
         except RequestError as error:
             return {page.message: panels.message(str(error))}
         if not self.studio.desk.open(session(request), job):
@@ -139,9 +139,9 @@ class Painter:
             yield {self.page.comparison.box: gr.update(visible=False), self.page.comparison.shots: {}}
             shots: dict[str, Shot] = {}
             entries = data[self.page.history.entries]
-            for event in events(self.studio.pool, job):
+            for event in events(job.pool or self.studio.pool, job):
                 if isinstance(event, Finished):
-                    path = self.studio.pictures.save(event.result)
+                    path = self.studio.pictures.save(event.result, self.studio.own_settings(job.values))
                     shots[event.precision] = Shot(path, event.result)
                     entries = history.add(entries, path, event.result, job.values)
                     yield self._finished(shots, entries, job, data)

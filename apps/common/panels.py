@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -12,7 +13,7 @@ from apps.common.pool import Pool
 from engine.models import catalogue
 from safety import Verdict
 
-__all__ = ["banner", "explanation", "footer", "header", "message", "refusal", "sign"]
+__all__ = ["banner", "explanation", "footer", "header", "light_switch", "message", "refusal", "rooms", "sign"]
 
 ASSETS = Path(__file__).with_name("assets")
 
@@ -32,16 +33,32 @@ def sign(nibble: int, size: int = 36) -> str:
     return f'<svg class="nb-sign" width="{size}" height="{size}" viewBox="0 0 33 33" aria-hidden="true">{squares}</svg>'
 
 
-def header(app: App) -> str:
-    """Sign, name of the suite and the app, one sentence, and the light switch."""
+def header(app: App, house: Sequence[App] = ()) -> str:
+    """Sign, name of the suite and the app, one sentence, the light switch; and the way to the other apps of a house."""
     return (
-        f'<header class="nb-header"><div class="nb-brand">{sign(app.nibble, 40)}'
+        f'{rooms(house, app.slug)}<header class="nb-header"><div class="nb-brand">{sign(app.nibble, 40)}'
         f"<div><p>Nibble Studio</p><h1>{escape(app.title)}</h1></div></div>"
         f'<p class="nb-summary">{escape(app.summary)}</p>'
-        '<button type="button" id="nb-light" class="nb-light" aria-label="Switch between light and dark">'
-        f"{_asset('light.svg')}"
-        "</button></header>"
+        f"{light_switch()}</header>"
     )
+
+
+def light_switch() -> str:
+    """The button between day and night."""
+    label = "Switch between light and dark"
+    return f'<button type="button" id="nb-light" class="nb-light" aria-label="{label}">{_asset("light.svg")}</button>'
+
+
+def rooms(house: Sequence[App], here: str) -> str:
+    """Links to all apps of a house, side by side; nothing where an app stands alone. `here` is the open one's slug."""
+    if not house:
+        return ""
+    links = "".join(
+        f'<a href="{app.slug}"{" aria-current=page" if app.slug == here else ""}>{sign(app.nibble, 16)}'
+        f"{escape(app.title)}</a>"
+        for app in house
+    )
+    return f'<nav class="nb-rooms" aria-label="Apps"><a href="./">All apps</a>{links}</nav>'
 
 
 def banner(choice: Choice, pool: Pool, app: App) -> str:

@@ -37,9 +37,9 @@ class Pictures:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix=f"nibble-{slug}-", dir=folder))
 
-    def save(self, result: Result) -> str:
-        """Write the picture with its settings; the name is what a download is called. Returns the path."""
-        return str(result.save(self._room() / f"{self._slug}-{result.seed}-{result.precision}.png"))
+    def save(self, result: Result, own: Mapping[str, Any] | None = None) -> str:
+        """Write the picture with its settings, the app's `own` too; named as a download. Returns the path."""
+        return str(result.save(self._room() / f"{self._slug}-{result.seed}-{result.precision}.png", own))
 
     def save_map(self, image: Image.Image) -> str:
         """Write a difference map. Returns the path."""

@@ -18,21 +18,30 @@ def fit(settings: Mapping[str, Any], studio: Studio) -> tuple[dict[str, Any], st
     The prompt in a picture is the final one, style included, so the style is set to none. A value that this model's
     limits do not admit is left out, never bent.
     """
-    names = {control.name for control in studio.controls}
+    by_name = {control.name: control for control in studio.controls}
     values: dict[str, Any] = {}
     left: list[str] = []
+    made = {"model": settings["model"]} if settings.get("model") in studio.rooms else {}
+    spec = studio.room(made).spec
+    own = settings.get("controls")
+    for name, value in (own if isinstance(own, Mapping) else {}).items():
+        if name in by_name and by_name[name].applies(spec):
+            if by_name[name].recalls(value, spec):
+                values[name] = value
+            else:
+                left.append(name)
     for name, value in settings.items():
-        if name not in names or value is None:
+        if name not in by_name or value is None:
             continue
         try:
-            studio.plain({"prompt": "x", name: value})
+            studio.plain({"prompt": "x", **made, name: value})
         except (RequestError, TypeError):
             left.append(name)
         else:
             values[name] = value
-    if "style" in names and "prompt" in values:
+    if "style" in by_name and "prompt" in values:
         values["style"] = NONE
-    return values, _note(settings, left, studio.choice.spec.name)
+    return values, _note(settings, left, spec.name)
 
 
 def _note(settings: Mapping[str, Any], left: list[str], model: str) -> str:

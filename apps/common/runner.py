@@ -19,7 +19,20 @@ from engine import Cancelled, Request, Result, Step
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Began", "Desk", "Event", "Failed", "Finished", "Job", "Loads", "Stepped", "Stopped", "Unloaded", "events"]
+__all__ = [
+    "Began",
+    "Desk",
+    "Event",
+    "Failed",
+    "Finished",
+    "Job",
+    "Loads",
+    "Stepped",
+    "Stopped",
+    "Unloaded",
+    "events",
+    "on_device",
+]
 
 # Seconds between two reports of progress. Each costs the page some processor time, which on a small machine is time
 # taken from the run being measured.
@@ -81,6 +94,7 @@ class Job:
     values: Mapping[str, Any]
     stop: threading.Event = field(default_factory=threading.Event)
     claimed: bool = False
+    pool: Pool | None = None
     finish: Callable[[Image, Request], Image] | None = None
 
 
@@ -106,6 +120,11 @@ class _Feed:
 
 def events(pool: Pool, job: Job) -> Iterator[Event]:
     """Yield what happens while `job` runs. Closing the iterator stops the job at its next step."""
+    return on_device(pool, job) if pool.lent is None else pool.lent(job)
+
+
+def on_device(pool: Pool, job: Job) -> Iterator[Event]:
+    """The same on this process's own device."""
     feed = _Feed()
     threading.Thread(target=_work, args=(pool, job, feed), name="run", daemon=True).start()
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 import gradio as gr
 
 from apps.common import api, columns, comparison, events, history, panels
+from apps.common.app import App
 from apps.common.columns import Column
 from apps.common.comparison import Comparison
 from apps.common.controls import ASPECTS, Control
 from apps.common.history import History
 from apps.common.studio import Studio
 
-__all__ = ["Page", "build", "layout"]
+__all__ = ["Page", "blocks", "build", "furnish", "layout"]
 
 HOUR = 3600
 
@@ -26,6 +27,7 @@ class Page:
     """The components of one page; `controls` by name, `columns` by precision."""
 
     banner: gr.HTML
+    footer: gr.HTML
     generate: gr.Button
     stop: gr.Button
     message: gr.HTML
@@ -45,22 +47,32 @@ class Page:
 
 def build(studio: Studio) -> gr.Blocks:
     """Build the page; styling comes with `launch`."""
-    title = f"{studio.app.title} · Nibble Studio"
-    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(HOUR, 24 * HOUR)) as demo:
-        page = layout(studio)
-        events.wire(demo, page, studio)
-        api.add(studio)
+    with blocks(f"{studio.app.title} · Nibble Studio") as demo:
+        furnish(demo, studio)
     return demo
 
 
-def layout(studio: Studio) -> Page:
+def blocks(title: str) -> gr.Blocks:
+    """An empty page of the suite."""
+    return gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(HOUR, 24 * HOUR))
+
+
+def furnish(demo: gr.Blocks, studio: Studio, endpoint: str = "generate", house: Sequence[App] = ()) -> None:
+    """Put the app's page, its events and its `endpoint` into the Blocks being built; `house`: the apps beside it."""
+    page = layout(studio, house)
+    events.wire(demo, page, studio)
+    api.add(studio, endpoint)
+
+
+def layout(studio: Studio, house: Sequence[App] = ()) -> Page:
     """Lay the components out inside the Blocks being built, with no events yet."""
     controls: dict[str, gr.components.Component] = {}
     with gr.Column(elem_id="nb-page"):
-        gr.HTML(panels.header(studio.app), elem_id="nb-header")
+        gr.HTML(panels.header(studio.app, house), elem_id="nb-header")
         banner = gr.HTML(panels.banner(studio.choice, studio.pool, studio.app), elem_id="nb-banner")
         with gr.Row(elem_id="nb-work"):
             with gr.Column(elem_id="nb-desk", elem_classes=["nb-card"], min_width=300):
+                _place(studio, "model", controls)
                 _place(studio, "picture", controls)
                 _more(studio, controls)
                 _place(studio, "prompt", controls)
@@ -88,9 +100,9 @@ def layout(studio: Studio) -> Page:
         compared = comparison.build(studio.pool.precisions)
         kept = history.build()
         gr.HTML(panels.explanation(studio.app))
-        gr.HTML(panels.footer(studio.choice))
+        footer = gr.HTML(panels.footer(studio.choice))
     return Page(
-        banner, generate, stop, message, randomise, last_seed, recall, painted, compared, kept, gr.State(None),
+        banner, footer, generate, stop, message, randomise, last_seed, recall, painted, compared, kept, gr.State(None),
         aspect, live, seen, examples, controls,
     )  # fmt: skip
 
@@ -98,7 +110,8 @@ def layout(studio: Studio) -> Page:
 def _place(studio: Studio, place: str, controls: dict[str, gr.components.Component]) -> list[Control]:
     placed = [control for control in studio.controls if control.place == place]
     for control in placed:
-        controls[control.name] = control.build(studio.choice.spec)
+        part = controls[control.name] = control.build(studio.spec_for(control))
+        part.visible = control.applies(studio.choice.spec)
     return placed
 
 

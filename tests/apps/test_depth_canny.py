@@ -11,6 +11,7 @@ from gradio.utils import get_upload_folder
 from gradio_client import handle_file
 from PIL import Image
 
+from apps.common import recalling
 from apps.common.uploads import open_picture
 from apps.depth_canny import maps
 from apps.depth_canny.run import APP, HERE
@@ -111,9 +112,52 @@ def test_a_flat_picture_has_a_map_too():
 
 
 def test_the_canny_page_has_thresholds_and_the_depth_page_none(served):
+    client, studio = served
+    shown = {part["props"].get("elem_id"): part["props"].get("visible") for part in client.config["components"]}
+    assert shown["nb-low"] == shown["nb-high"] == (studio.choice.spec.name == "tiny-canny")
+    assert shown["nb-model"], "the page can switch to the other"
+
+
+def test_the_interface_runs_the_model_it_is_asked_for(served):
+    client, studio = served
+    answers = {
+        name: client.predict(
+            "a red cube", picture=handle_file(PAIR), model=name, seed=3, steps=2, precision="int4", api_name="/generate"
+        )
+        for name in studio.rooms
+    }
+    assert {name: facts["settings"]["model"] for name, (_, facts) in answers.items()} == {n: n for n in studio.rooms}
+    own = {name: facts["settings"]["controls"] for name, (_, facts) in answers.items()}
+    assert own == {"tiny-depth": {"ready": False}, "tiny-canny": {"low": 100, "high": 200, "ready": False}}
+
+
+def test_a_picture_brings_its_model_and_thresholds_back(served):
     _, studio = served
-    names = {control.name for control in studio.controls}
-    assert ({"low", "high"} <= names) == (studio.choice.spec.name == "tiny-canny")
+    settings = {
+        "model": "tiny-canny",
+        "prompt": "a cube",
+        "steps": 5,
+        "controls": {"low": 40, "high": 300, "ready": True},
+    }
+    values, note = recalling.fit(settings, studio)
+    assert values["model"] == "tiny-canny"
+    assert (values["low"], values["ready"]) == (40, True)
+    assert "high" not in values
+    assert "left as they were: high" in note
+
+
+@pytest.mark.browser
+def test_switching_the_model_shows_its_thresholds(browser, served):
+    client, studio = served
+    canny = studio.choice.spec.name == "tiny-canny"
+    with visit(browser, client.src) as tab:
+        tab.locator("#nb-options button").first.click()
+        tab.locator("#nb-ready").wait_for()
+        assert tab.locator("#nb-low").is_visible() == canny
+        tab.locator("#nb-model label", has_text="Depth" if canny else "Canny").click()
+        tab.locator("#nb-low").wait_for(state="hidden" if canny else "visible")
+        tab.locator("#nb-banner", has_text="Tiny FLUX Depth" if canny else "Tiny FLUX Canny").wait_for()
+        tab.locator("#nb-banner .nb-load-ready").wait_for(timeout=60_000)
 
 
 @pytest.mark.browser
