@@ -34,9 +34,10 @@ class App:
     by name, into the pipeline's inputs beyond text for a model; it is pure, and raises RequestError for a value it
     cannot use. `seen` names the input that the page shows as what the model really saw, and the words above it.
     `live` names the control whose every change paints anew, where there is one.
-    `finish` makes the final picture of a painted one, where the app has something to add to it (fill puts it back into
-    the visitor's own). `examples` are control values by name that suit the small model; `large_examples` any other; an
-    example without a prompt has a title in `titles`, by its number.
+    `finish` makes the final picture of a painted one, its request and the control values, where the app has something
+    to add to it (fill puts it back into the visitor's own). `reuse` names the control that can take a result.
+    `examples` are control values by name that suit the small model; `large_examples` any other; an example without a
+    prompt has a title in `titles`, by its number.
 
     Raises ValueError when a name is used twice, an example names a control that is not there, or a model is unknown.
     """
@@ -53,7 +54,8 @@ class App:
     seen: tuple[str, str] | None = None
     live: str | None = None
     titles: tuple[str, ...] = ()
-    finish: Callable[[Image, Request], Image] | None = None
+    finish: Callable[[Image, Request, Values], Image] | None = None
+    reuse: str | None = None
     about: str = ""
 
     def __post_init__(self) -> None:

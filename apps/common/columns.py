@@ -24,6 +24,7 @@ class Column:
     status: gr.HTML
     canvas: gr.HTML
     image: gr.Image
+    reuse: gr.Button
     figures: gr.HTML
 
 
@@ -44,8 +45,10 @@ def build(precision: str) -> Column:
             elem_classes=["nb-picture"],
             alt_text=f"The picture painted in {precision.upper()}",
         )
+        # Shown beside a picture, in the apps that can start from one.
+        again = gr.Button("Start from this picture", size="sm", visible=False, elem_id=f"nb-reuse-{precision}")
         cost = gr.HTML(figures(None), elem_id=f"nb-figures-{precision}")
-    return Column(precision, line, blank, image, cost)
+    return Column(precision, line, blank, image, again, cost)
 
 
 def canvas(done: float, width: int = 1, height: int = 1) -> str:

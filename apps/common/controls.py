@@ -178,17 +178,19 @@ def sketchpad(name: str, label: str, describe: str) -> Control:
     return Control(name, dict | None, describe, build, lambda spec: None, place="picture")
 
 
-def choice(name: str, label: str, options: tuple[str, ...], info: str) -> Control:
-    """One of a few words; the first unless another is chosen."""
+def choice(name: str, label: str, options: tuple[str, ...], info: str, place: str = "options") -> Control:
+    """One of a few words, the first unless another is chosen: side by side where there are two, else in a list."""
 
     def build(spec: ModelSpec) -> Component:
         import gradio as gr
 
-        return gr.Dropdown(list(options), value=options[0], label=label, info=info, elem_id=f"nb-{name}")
+        kind = gr.Radio if len(options) < 3 else gr.Dropdown
+        return kind(list(options), value=options[0], label=label, info=info, elem_id=f"nb-{name}")
 
     return Control(
-        name, Literal[options], info, build, lambda spec: options[0], recalls=lambda value, spec: value in options
-    )
+        name, Literal[options], info, build, lambda spec: options[0], place=place,
+        recalls=lambda value, spec: value in options,
+    )  # fmt: skip
 
 
 def number(

@@ -29,6 +29,7 @@ def wire(demo: gr.Blocks, page: Page, studio: Studio) -> None:
     _wire_settings(page, studio)
     _wire_comparison(page, studio)
     _wire_history(page, studio)
+    _wire_reuse(page, studio)
 
     def leave(request: gr.Request) -> None:
         studio.desk.close(painting.session(request))
@@ -104,7 +105,8 @@ def _wire_settings(page: Page, studio: Studio) -> None:
         )
         for control in studio.controls:
             part = parts[control.name]
-            if control.place == "picture" and isinstance(part, gr.Image):
+            fixed = isinstance(part, gr.ImageEditor) and part.fixed_canvas
+            if control.place == "picture" and isinstance(part, gr.Image | gr.ImageEditor) and not fixed:
                 part.upload(
                     lambda path: _shape(studio, path),
                     inputs=[part],
@@ -197,3 +199,18 @@ def _wire_history(page: Page, studio: Studio) -> None:
     kept.reuse.click(reuse, inputs=state, outputs=_fillable(page), queue=False, **PRIVATE)
     emptied = [kept.entries, kept.gallery, kept.selected, kept.reuse, kept.box]
     kept.clear.click(clear, outputs=emptied, queue=False, **PRIVATE)
+
+
+def _wire_reuse(page: Page, studio: Studio) -> None:
+    """A result becomes what the next run starts from."""
+    if studio.app.reuse is None:
+        return
+    target = page.controls[studio.app.reuse]
+
+    def take(path: str | None) -> Any:
+        if path is None:
+            return gr.skip()
+        return {"background": path, "layers": [], "composite": path} if isinstance(target, gr.ImageEditor) else path
+
+    for column in page.columns.values():
+        column.reuse.click(take, inputs=[column.image], outputs=[target], queue=False, **PRIVATE)

@@ -80,7 +80,7 @@ class Painter:
         self.columns = [
             part
             for column in page.columns.values()
-            for part in (column.status, column.canvas, column.image, column.figures)
+            for part in (column.status, column.canvas, column.image, column.reuse, column.figures)
         ]
 
     def start(self, data: dict, request: gr.Request) -> dict:
@@ -108,6 +108,7 @@ class Painter:
             updates[column.status] = columns.status(precision, "idle", "Waiting for its turn")
             updates[column.canvas] = gr.update(value=columns.canvas(0, *shape), visible=True)
             updates[column.image] = gr.update(value=None, visible=False)
+            updates[column.reuse] = gr.update(visible=False)
             updates[column.figures] = columns.figures(None)
         return updates
 
@@ -184,6 +185,7 @@ class Painter:
             page.columns[newest].status: columns.status(newest, "done", f"Done, seed {job.request.seed}"),
             page.columns[newest].canvas: gr.update(visible=False),
             page.columns[newest].image: gr.update(value=shots[newest].path, visible=True),
+            page.columns[newest].reuse: gr.update(visible=self.studio.app.reuse is not None),
             page.comparison.shots: dict(shots),
             page.history.box: gr.update(visible=True),
             page.history.gallery: gr.update(value=history.items(entries), selected_index=None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from apps.common import controls, styles
@@ -105,7 +106,8 @@ class Studio:
 
     def job(self, values: Mapping[str, Any], precisions: Sequence[str]) -> Job:
         """What one press of Generate, or one call, asks for. Raises RequestError naming the field that is wrong."""
-        return Job(self.request(values), precisions, values, pool=self.room(values).pool, finish=self.app.finish)
+        finish = None if self.app.finish is None else partial(self.app.finish, values=self._given(values))
+        return Job(self.request(values), precisions, values, pool=self.room(values).pool, finish=finish)
 
     def own_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Those control values that only this app has, fit to be written into a picture's file."""

@@ -66,6 +66,7 @@ APP = App(
         {"prompt": "a purple cone, a white cube and an orange sphere", "picture": HERE / "examples" / "three.png"},
         {"prompt": "a cyan cylinder on a brown floor", "picture": HERE / "examples" / "one.png"},
     ),
+    reuse="picture",
     prepare=prepare,
     seen=("control_image", "What the model follows"),
 )

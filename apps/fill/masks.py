@@ -10,11 +10,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from apps.common.uploads import open_picture, open_upload
+from apps.fill import SIDES
 from engine import RequestError
 
-__all__ = ["FEATHER", "mask_of", "paste_back"]
-
-FEATHER = 6  # pixels around the mask in which the new picture passes into the old one
+__all__ = ["mask_of", "paste_back", "widened"]
 
 
 def mask_of(canvas: Mapping[str, Any], file: Any, size: tuple[int, int], grow: int, invert: bool) -> Image.Image:
@@ -38,12 +37,43 @@ def mask_of(canvas: Mapping[str, Any], file: Any, size: tuple[int, int], grow: i
     return Image.fromarray(255 * white)
 
 
-def paste_back(painted: Image.Image, picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """`painted` inside the mask, `picture` outside, a soft seam of FEATHER pixels around the mask.
+def widened(
+    picture: Image.Image, size: tuple[int, int], share: float, side: str, overlap: int
+) -> tuple[Image.Image, Image.Image]:
+    """`picture` on a larger page of `size` (width, height), and the mask of what is to be painted around it, mode L.
+
+    It keeps its shape and takes at most `share` (0 to 1) of each side of the page; it lies in the middle or at `side`
+    (one of SIDES). The mask reaches `overlap` pixels into it where new and old meet, but never over half of it.
+    Raises RequestError for another side, and where the picture would fill the page.
+    """
+    if side not in SIDES:
+        raise RequestError("side", f"side: expected one of {', '.join(SIDES)}, got {side!r}")
+    small = ImageOps.contain(picture, (max(8, round(size[0] * share)), max(8, round(size[1] * share))))
+    free = size[0] - small.width, size[1] - small.height
+    if not any(free):
+        raise RequestError("share", "share: the picture fills the page; let it take less, or choose another shape")
+    left = {"Left": 0, "Right": free[0]}.get(side, free[0] // 2)
+    top = {"Top": 0, "Bottom": free[1]}.get(side, free[1] // 2)
+    page = Image.new("RGB", size, "grey")
+    page.paste(small, (left, top))
+    across, down = min(overlap, small.width // 4), min(overlap, small.height // 4)
+    kept = (
+        left + across * (left > 0),
+        top + down * (top > 0),
+        left + small.width - across * (left + small.width < size[0]),
+        top + small.height - down * (top + small.height < size[1]),
+    )
+    mask = Image.new("L", size, 255)
+    mask.paste(0, kept)
+    return page, mask
+
+
+def paste_back(painted: Image.Image, picture: Image.Image, mask: Image.Image, feather: float) -> Image.Image:
+    """`painted` inside the mask, `picture` outside, a soft seam of `feather` pixels around the mask.
 
     Farther away every pixel is that of `picture`, bit for bit. All three have one size.
     """
     away = cv2.distanceTransform((np.asarray(mask) < 128).astype(np.uint8), cv2.DIST_L2, 5)
-    share = np.clip(1 - away / FEATHER, 0, 1)[..., None]
+    share = np.clip(1 - away / max(feather, 1e-6), 0, 1)[..., None]
     new, old = (np.asarray(image, np.float32) for image in (painted, picture))
     return Image.fromarray((old + share * (new - old) + 0.5).astype(np.uint8))

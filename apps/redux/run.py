@@ -79,6 +79,7 @@ APP = App(
     ),
     titles=("a variation of a sphere", "a variation of two things", "a mix of a sphere and a cone"),
     prepare=prepare,
+    reuse="picture",
     about=(
         "<p>A vision tower reads each picture and speaks of it in the words the painter understands; the words of "
         "several pictures are mixed by their weights. Nothing of the picture itself is copied.</p>"
