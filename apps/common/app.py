@@ -13,7 +13,6 @@ from engine.models.catalogue import ModelSpec
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from engine import Request
 
 __all__ = ["App", "no_inputs"]
 
@@ -54,7 +53,7 @@ class App:
     seen: tuple[str, str] | None = None
     live: str | None = None
     titles: tuple[str, ...] = ()
-    finish: Callable[[Image, Request, Values], Image] | None = None
+    finish: Callable[..., Image] | None = None
     reuse: str | None = None
     about: str = ""
 

@@ -184,7 +184,7 @@ def choice(name: str, label: str, options: tuple[str, ...], info: str, place: st
     def build(spec: ModelSpec) -> Component:
         import gradio as gr
 
-        kind = gr.Radio if len(options) < 3 else gr.Dropdown
+        kind = gr.Radio if len(options) == 2 else gr.Dropdown
         return kind(list(options), value=options[0], label=label, info=info, elem_id=f"nb-{name}")
 
     return Control(

@@ -78,14 +78,10 @@ APP = App(
     models=("tiny-fill", "fill"),
     controls=(
         controls.prompt("a large green sphere"),
-        controls.canvas("canvas", "Paint over what shall change", "A mapping: background, and layers with strokes."),
-        controls.choice(
-            "task", "What to do", TASKS, "Widening paints around the picture; nothing need be marked", "picture"
-        ),
+        controls.canvas("canvas", "Your picture", "A mapping: background, and layers with strokes."),
+        controls.choice("task", "What to do", TASKS, "Widening paints around it; nothing need be marked", "picture"),
         controls.seed(),
-        controls.number(
-            "share", "Share of the page", (20, 100, 60), "Widening: how much of it the picture takes, percent"
-        ),
+        controls.number("share", "Share of the page", (20, 100, 60), "Widening: what the picture takes, percent"),
         controls.choice("side", "Where the picture lies", SIDES, "Widening: at which side of the page"),
         controls.number("overlap", "Overlap", (0, 64, 8), "Widening: pixels of the picture that are painted anew"),
         controls.number("feather", "Soft seam", (0, 32, 6), "Pixels in which new passes into old"),

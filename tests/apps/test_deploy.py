@@ -1,28 +1,23 @@
-"""A Space from a checkout: what is in its folder, what is refused, and how jobs run where the GPU is lent."""
+"""A Space from a checkout: what is in its folder, what is refused, and how long a GPU is asked for."""
 
 from __future__ import annotations
 
 import ast
 import json
-import pickle
 import re
 from pathlib import Path
 
-import gradio as gr
 import huggingface_hub
 import pytest
 from packaging.requirements import Requirement
 
 from apps.common import cli
-from apps.common.pool import Pool
-from apps.common.runner import Began, Failed, Finished, Job, Stepped, Stopped, events
 from apps.deploy import folder, upload, zero
 from apps.deploy import plan as planning
 from apps.deploy.__main__ import main
 from apps.deploy.plan import DeployError, Plan, plan
 from engine import Request
 from engine.models import catalogue
-from tests.apps import fake
 
 TINY = catalogue.resolve("tiny")
 PINS = folder.pins()
@@ -218,47 +213,3 @@ def test_the_gpu_is_asked_for_as_long_as_the_request_takes():
     assert zero.seconds(dev, large, ["bf16"]) > 30
     wide = Request(SCENE, width=2048, height=2048).resolved(dev)
     assert zero.seconds(dev, wide, ["bf16"]) > 3 * zero.seconds(dev, large, ["bf16"])
-
-
-def lending(paint) -> tuple[Job, list]:
-    job = Job(request(), ("bf16", "int4"), {})
-    return job, zero._relay(paint, job)
-
-
-def test_stop_ends_what_runs_on_a_lent_gpu():
-    closed = []
-
-    def paint(*_):
-        try:
-            yield Began("bf16")
-            yield Began("bf16")
-        finally:
-            closed.append(True)
-
-    job, relayed = lending(paint)
-    assert next(relayed) == Began("bf16")
-    job.stop.set()
-    assert list(relayed) == [Stopped("bf16"), Stopped("int4")]
-    assert closed == [True]
-
-
-def test_a_gpu_that_is_not_lent_fails_each_column_and_says_why():
-    def paint(*_):
-        raise gr.Error("You have exceeded your quota")
-        yield
-
-    _, relayed = lending(paint)
-    assert [next(relayed), next(relayed)] == [Failed(name, "You have exceeded your quota") for name in ("bf16", "int4")]
-    with pytest.raises(gr.Error):
-        next(relayed)
-
-
-def test_what_a_fork_sends_back_survives_pickling():
-    pool = Pool(TINY, TINY.precisions, fake.loader())
-    zero.borrow([pool])  # `spaces` changes nothing where no GPU is lent
-    happened = list(events(pool, Job(request(steps=2), TINY.precisions, {})))
-    assert [type(event) for event in happened if not isinstance(event, Stepped)] == [Began, Finished] * 2
-    again = pickle.loads(pickle.dumps(happened))
-    assert [event.result.image.tobytes() for event in again if isinstance(event, Finished)] == [
-        event.result.image.tobytes() for event in happened if isinstance(event, Finished)
-    ]

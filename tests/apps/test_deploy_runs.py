@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -14,17 +15,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import gradio as gr
 import pytest
 import torch
 from gradio_client import Client
 from PIL import Image
 
-from apps.deploy import folder
+from apps.common.pool import Pool
+from apps.common.runner import Began, Failed, Finished, Job, Stepped, Stopped, events
+from apps.deploy import folder, zero
 from apps.deploy.plan import plan
+from engine import Request
+from engine.models import catalogue
+from tests.apps import fake
 
 ROOT = Path(__file__).resolve().parents[2]
 # By default the new environment sees this one's packages, but not the checkout; set this to install them all anew.
 ANEW = "NIBBLE_INSTALL_ANEW"
+SCENE = "a large red metal sphere left of a small blue cube"
+TINY = catalogue.resolve("tiny")
 
 
 def environment(home: Path, space: Path) -> Path:
@@ -69,6 +78,50 @@ def started(python: Path, space: Path, log: Path) -> Iterator[str]:
         running.wait(30)
 
 
+def lending(paint) -> tuple[Job, list]:
+    job = Job(Request(SCENE), ("bf16", "int4"), {})
+    return job, zero._relay(paint, job)
+
+
+def test_stop_ends_what_runs_on_a_lent_gpu():
+    closed = []
+
+    def paint(*_):
+        try:
+            yield Began("bf16")
+            yield Began("bf16")
+        finally:
+            closed.append(True)
+
+    job, relayed = lending(paint)
+    assert next(relayed) == Began("bf16")
+    job.stop.set()
+    assert list(relayed) == [Stopped("bf16"), Stopped("int4")]
+    assert closed == [True]
+
+
+def test_a_gpu_that_is_not_lent_fails_each_column_and_says_why():
+    def paint(*_):
+        raise gr.Error("You have exceeded your quota")
+        yield
+
+    _, relayed = lending(paint)
+    assert [next(relayed), next(relayed)] == [Failed(name, "You have exceeded your quota") for name in ("bf16", "int4")]
+    with pytest.raises(gr.Error):
+        next(relayed)
+
+
+def test_what_a_fork_sends_back_survives_pickling():
+    pool = Pool(TINY, TINY.precisions, fake.loader())
+    zero.borrow([pool])  # `spaces` changes nothing where no GPU is lent
+    happened = list(events(pool, Job(Request(SCENE, steps=2), TINY.precisions, {})))
+    assert [type(event) for event in happened if not isinstance(event, Stepped)] == [Began, Finished] * 2
+    again = pickle.loads(pickle.dumps(happened))
+    assert [event.result.image.tobytes() for event in again if isinstance(event, Finished)] == [
+        event.result.image.tobytes() for event in happened if isinstance(event, Finished)
+    ]
+
+
 @pytest.mark.slow
 def test_a_space_runs_by_itself(tmp_path):
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -79,9 +132,7 @@ def test_a_space_runs_by_itself(tmp_path):
     seen = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert seen.stdout.split() == ["None", "None", "True"]
     with started(python, space, tmp_path / "log") as url:
-        answer, facts = Client(url, verbose=False).predict(
-            prompt="a large red metal sphere left of a small blue cube", seed=7, precision="int4", api_name="/generate"
-        )
+        answer, facts = Client(url, verbose=False).predict(prompt=SCENE, seed=7, precision="int4", api_name="/generate")
     picture = Image.open(answer)
     assert picture.size == (256, 256)
     assert facts["settings"]["backend"] != "reference"  # the wheel's own kernels

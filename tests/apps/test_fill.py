@@ -151,4 +151,3 @@ def test_a_visitor_fills_an_example_and_an_upload_without_strokes_is_told(browse
         tab.locator("#nb-image-bf16 img").wait_for(state="hidden")
         for precision in studio.pool.precisions:
             tab.locator(f"#nb-image-{precision} img").wait_for(timeout=120_000)
-        tab.screenshot(path="/tmp/fill.png", full_page=True)

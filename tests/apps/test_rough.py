@@ -1,0 +1,132 @@
+"""The six apps with their true small models under rough use: mistakes are answered in words, and the next run works."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gradio_client import Client, handle_file
+from PIL import Image
+
+from apps import run
+from apps.common import cli
+from apps.common.house import build
+from tests.apps.test_house import SLUGS
+
+APPS = {app.slug: app for app in run.apps()}
+EXAMPLE = Path(run.__file__).parent / "fill" / "examples"
+WITH_PICTURES = ("sketch", "depth_canny", "fill", "redux")
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    studios = run.open_studios(run.parser().parse_args(["--small", "--device", "cpu"]))
+    demo = cli.serve(build(studios), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    yield Client(demo.local_url, verbose=False)
+    demo.close()
+    for studio in studios:
+        studio.pictures.close()
+
+
+def given(slug: str, picture: Any) -> dict[str, Any]:
+    """The picture where the app takes one."""
+    file = handle_file(picture) if picture is not None else None
+    if slug in ("sketch", "fill"):
+        layers = [handle_file(EXAMPLE / "pair-mask.png")] if slug == "fill" else []
+        return {"canvas": {"background": file, "layers": layers, "composite": None}}
+    return {"picture": file} if slug in WITH_PICTURES else {}
+
+
+def ask(client: Client, slug: str, prompt: str, picture: Any = EXAMPLE / "pair.png", **more: Any) -> tuple[int, int]:
+    """The size of the picture that comes back."""
+    steps = {} if slug == "sketch" else {"steps": 1}
+    asked = {**given(slug, picture), **steps, "precision": "int4", **more}
+    file, _ = client.predict(prompt, **asked, api_name=f"/{slug}")
+    with Image.open(file if isinstance(file, str) else file["path"]) as painted:
+        return painted.size
+
+
+def saved(folder: Path, kind: str) -> Path:
+    """A picture of a bad or rare kind."""
+    path = folder / f"{kind}.png"
+    with Image.open(EXAMPLE / "pair.png") as file:
+        picture = file.convert("RGB")
+    if kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        path = path.with_suffix(".jpg")
+        picture.resize((320, 200)).save(path, exif=exif)
+    elif kind == "cmyk":
+        path = path.with_suffix(".jpg")
+        picture.convert("CMYK").save(path)
+    elif kind == "one pixel":
+        picture.resize((1, 1)).save(path)
+    elif kind == "long":
+        picture.resize((2000, 8)).save(path)
+    elif kind == "see-through":
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+        picture.save(path)
+    elif kind == "palette":
+        picture.quantize(16).save(path)
+    elif kind == "grey 16 bits":
+        picture.convert("I;16").save(path)
+    elif kind == "large":
+        Image.new("1", (9000, 9000)).save(path)
+    elif kind == "bomb":
+        Image.new("1", (30000, 30000)).save(path)
+    elif kind == "no picture":
+        path.write_text("not a picture at all")
+    elif kind == "damaged":
+        held = io.BytesIO()
+        picture.save(held, "PNG")
+        path.write_bytes(held.getvalue()[: len(held.getvalue()) // 2])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["turned", "cmyk", "one pixel", "long", "see-through", "palette", "grey 16 bits"])
+@pytest.mark.parametrize("slug", WITH_PICTURES)
+def test_pictures_of_rare_kinds_are_taken(client, slug, kind, tmp_path):
+    assert ask(client, slug, "a red cube", saved(tmp_path, kind)) == (256, 256)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("large", "at most 64 million pixels, got 9000 x 9000"),
+        ("bomb", "too large to open"),
+        ("no picture", "could not be read as a picture"),
+        ("damaged", "could not be read as a picture"),
+    ],
+)
+@pytest.mark.parametrize("slug", WITH_PICTURES)
+def test_pictures_that_cannot_be_used_are_answered_in_words(client, slug, kind, sentence, tmp_path):
+    with pytest.raises(Exception, match=sentence):
+        ask(client, slug, "a red cube", saved(tmp_path, kind))
+    assert ask(client, slug, "a red cube") == (256, 256), "the next request works"
+
+
+@pytest.mark.parametrize("slug", ["depth_canny", "fill", "redux"])
+def test_no_picture_is_answered_in_words(client, slug):
+    with pytest.raises(Exception, match="expected a picture to start from"):
+        ask(client, slug, "a red cube", None)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_long_prompts_braces_and_odd_sizes(client, slug):
+    with pytest.raises(Exception, match="prompt: expected at most 4000 characters, got 10000"):
+        ask(client, slug, "x" * 10_000)
+    with pytest.raises(Exception, match="width: expected a whole number"):
+        ask(client, slug, "a red cube", width=257)
+    wide = {"width": 288, "height": 256}
+    assert ask(client, slug, "{a.__class__} {0} { %s \\ <b>bold</b>", style="Anime", **wide) == (288, 256)
+
+
+def test_an_unknown_choice_is_answered_in_words(client):
+    for more in ({"task": "Burn it"}, {"task": "Widen the picture", "side": "Inside"}):
+        with pytest.raises(Exception, match="expected one of"):
+            ask(client, "fill", "a red cube", **more)
+    with pytest.raises(Exception, match="model: expected one of tiny-depth, tiny-canny"):
+        ask(client, "depth_canny", "a red cube", model="none such")
