@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class Engine:
         self.runner = runner(spec)
         self.weight_bytes = module_bytes(pipe.transformer)
         self._warm: set[tuple[int, int]] = set()
+        self._worn: dict[str, float] = {}
 
     @classmethod
     def load(
@@ -111,9 +112,10 @@ class Engine:
         """Make one picture. The noise depends on the seed and the size alone, so precisions can be compared.
 
         `on_step` hears of each finished step; `should_stop` is asked after each and ends the run with Cancelled.
-        Raises RequestError naming the field that is wrong.
+        Raises RequestError naming the field that is wrong, CheckpointError or ModelError for a LoRA that cannot serve.
         """
         request = request.resolved(self.spec)
+        self._wear(request.loras)
         self._warm_up(request)
         held = sum(module_bytes(part) for part in loading.parts(self.pipe).values())
         with PeakMeter(self.device, held) as memory:
@@ -139,6 +141,24 @@ class Engine:
             peak_bytes=memory.bytes,
             versions=_versions(),
         )
+
+    def _wear(self, wanted: Mapping[str, float]) -> None:
+        """Bring the transformer's LoRAs to those of a request, beside the one that belongs to the model.
+
+        Without any it is the transformer that was loaded, bit for bit; the same ones always come in the same order.
+        """
+        if wanted == self._worn and list(wanted) == list(self._worn):
+            return
+        from engine.lora import load_loras, set_lora_strengths, unload_lora
+
+        if list(wanted) == list(self._worn):
+            set_lora_strengths(self.pipe.transformer, wanted)
+        else:
+            for place in self._worn:
+                unload_lora(self.pipe.transformer, place)
+            self._worn = {}
+            load_loras(self.pipe.transformer, [(place, strength, place) for place, strength in wanted.items()])
+        self._worn = dict(wanted)
 
     def _warm_up(self, request: Request) -> None:
         """Run one untimed step at a size not seen before: first calls pay for kernel choice and allocation."""

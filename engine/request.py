@@ -23,6 +23,7 @@ __all__ = ["MAX_PROMPT_CHARACTERS", "MAX_SEED", "METADATA_KEY", "Request", "Resu
 MAX_PROMPT_CHARACTERS = 4000
 MAX_SEED = 2**32 - 1
 METADATA_KEY = "nibble"
+LORA_STRENGTHS = (-4.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Request:
     """One picture to make. Fields left at None take the model's own default.
 
     `width` and `height` are pixels, multiples of the model's size step. `inputs` holds what a pipeline takes beyond
-    text (a control image, a mask ...), by the pipeline's own argument names.
+    text (a control image, a mask ...), by the pipeline's own argument names. `loras` maps LoRA files, or hub names
+    `owner/repo/file.safetensors`, to their strengths; their order counts for the last bits.
     """
 
     prompt: str
@@ -40,6 +42,7 @@ class Request:
     width: int | None = None
     height: int | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    loras: Mapping[str, float] = field(default_factory=dict)
 
     def resolved(self, spec: ModelSpec) -> Request:
         """Return this request with defaults filled in and every field checked against `spec`.
@@ -55,6 +58,8 @@ class Request:
         )
         _check_prompt(full.prompt, spec.prompt_needed)
         guidance = _check_number("guidance", full.guidance, spec.guidance) if spec.guidance else 0.0
+        for lora, strength in full.loras.items():
+            _check_number(f"loras[{_short(lora)}]", strength, Range(1, *LORA_STRENGTHS))
         return replace(
             full,
             seed=_check_whole("seed", full.seed, Range(0, 0, MAX_SEED)),
@@ -108,7 +113,9 @@ class Result:
         `own` are an app's further settings (plain numbers and words), kept under "controls".
         """
         request = self.request
-        more = {"controls": dict(own)} if own else {}
+        more: dict[str, Any] = {"controls": dict(own)} if own else {}
+        if request.loras:
+            more["loras"] = {_short(lora): strength for lora, strength in request.loras.items()}
         return more | {
             "prompt": request.prompt,
             "seed": request.seed,
@@ -165,6 +172,11 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
     except ValueError:
         return None
     return settings if isinstance(settings, dict) else None
+
+
+def _short(lora: str) -> str:
+    """A LoRA's name without the folders of this machine."""
+    return Path(lora).name if Path(lora).is_absolute() else lora
 
 
 def _check_prompt(prompt: object, needed: bool) -> None:

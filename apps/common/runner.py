@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from apps.common.pool import LoadFailed, Pool
 from apps.common.trouble import sentence
-from engine import Cancelled, Request, Result, Step
+from engine import Cancelled, EngineError, Request, Result, Step
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -159,6 +159,8 @@ def _one(pool: Pool, job: Job, precision: str, feed: _Feed) -> Event:
         return Stopped(precision)
     except LoadFailed as error:
         return Unloaded(precision, str(error))
+    except EngineError as error:  # raised on purpose, it says all there is to say
+        return Failed(precision, sentence(error))
     except Exception as error:
         log.exception("the run in %s failed", precision)
         return Failed(precision, sentence(error))

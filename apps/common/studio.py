@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from apps.common import controls, styles
+from apps.common import controls, loras, styles
 from apps.common.app import App
 from apps.common.controls import Control
 from apps.common.models import Choice
@@ -83,13 +83,14 @@ class Studio:
         return next(room.spec for room in self.rooms.values() if control.applies(room.spec))
 
     def request(self, values: Mapping[str, Any]) -> Request:
-        """Turn control values, by name, into a checked request with the style applied.
+        """Turn control values, by name, into a checked request with style and LoRA applied.
 
         Raises RequestError naming the field that is wrong.
         """
         spec, plain, given = self.room(values).spec, self.plain(values), self._given(values)
         inputs = self.app.prepare(given | {"width": plain.width, "height": plain.height}, spec)
-        dressed = dataclasses.replace(plain, prompt=styles.apply(given.get("style"), plain.prompt), inputs=inputs)
+        prompt = styles.apply(given.get("style"), loras.worded(given, spec, plain.prompt))
+        dressed = dataclasses.replace(plain, prompt=prompt, inputs=inputs, loras=loras.wanted(given, spec))
         return dressed.resolved(spec)
 
     def plain(self, values: Mapping[str, Any]) -> Request:

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engine import RequestError
 
-__all__ = ["MAX_PIXELS", "open_picture", "open_upload"]
+__all__ = ["MAX_PIXELS", "is_upload", "open_picture", "open_upload"]
 
 MAX_PIXELS = 64_000_000
 
@@ -35,7 +35,7 @@ def open_upload(value: Any, name: str) -> Image.Image:
     if not value:
         raise RequestError(name, f"{name}: expected a picture to start from, got none; upload one or try an example")
     path = value.get("path") if isinstance(value, Mapping) else value
-    if not isinstance(path, str | Path) or not _uploaded(Path(path)):
+    if not isinstance(path, str | Path) or not is_upload(Path(path)):
         raise RequestError(name, f"{name}: expected an uploaded picture file, got {value!r:.80}")
     try:
         with Image.open(path) as file:
@@ -53,7 +53,7 @@ def open_upload(value: Any, name: str) -> Image.Image:
         raise RequestError(name, f"{name}: the file could not be read as a picture; it may be damaged") from error
 
 
-def _uploaded(path: Path) -> bool:
+def is_upload(path: Path) -> bool:
     """Whether the file came through an upload: no other file of this machine may be opened from outside."""
     from gradio.utils import get_upload_folder
 

@@ -14,7 +14,7 @@ if __package__ in (None, ""):
     # Started as a script from a checkout that is not installed.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from apps.common import App, controls
+from apps.common import App, controls, loras
 from engine.models.catalogue import ModelSpec, zoo_folder
 
 HERE = Path(__file__).parent
@@ -59,6 +59,7 @@ APP = App(
         controls.steps(),
         controls.guidance(),
         controls.style(),
+        *loras.choose(),
         *controls.size(),
     ),
     examples=(

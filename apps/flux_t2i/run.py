@@ -12,7 +12,7 @@ if __package__ in (None, ""):
     # Started as a script from a checkout that is not installed.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from apps.common import App, controls
+from apps.common import App, controls, loras
 
 PLACEHOLDER = "a large red metal sphere left of a small blue cube"
 
@@ -28,6 +28,7 @@ APP = App(
         controls.steps(),
         controls.guidance(),
         controls.style(),
+        *loras.choose(),
         *controls.size(),
     ),
     examples=(

@@ -14,7 +14,7 @@ if __package__ in (None, ""):
     # Started as a script from a checkout that is not installed.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from apps.common import App, controls
+from apps.common import App, controls, loras
 from engine.models.catalogue import ModelSpec
 
 PAG_HELP = "Perturbed-attention guidance: sharper shapes for half as much time again; 0 is off"
@@ -38,6 +38,7 @@ APP = App(
         controls.guidance(),
         controls.decimal("pag", "PAG scale", (0.0, 5.0, 0.0), PAG_HELP),
         controls.style(),
+        *loras.choose(),
         *controls.size(),
     ),
     examples=(

@@ -89,7 +89,7 @@ def test_a_blank_page_without_words_is_said_and_with_words_is_painted(served):
 def ink(picture: Image.Image, reading: str, tmp_path, monkeypatch) -> np.ndarray:
     path = tmp_path / "given.png"
     picture.save(path)
-    monkeypatch.setattr("apps.common.uploads._uploaded", lambda _: True)
+    monkeypatch.setattr("apps.common.uploads.is_upload", lambda _: True)
     found = drawing.drawing_of({"background": str(path), "layers": []}, picture.size, reading)
     return np.asarray(found) == 0
 
