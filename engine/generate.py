@@ -21,6 +21,7 @@ from engine.memory import PeakMeter, module_bytes
 from engine.models import loading
 from engine.models.catalogue import ModelSpec, resolve
 from engine.models.families import runner
+from engine.preview import Watch
 from engine.request import Request, Result, Step
 
 __all__ = ["Engine", "pick_device"]
@@ -122,8 +123,8 @@ class Engine:
             clock = _Clock(self.device)
             text = self.runner.encode(self.pipe, self.spec, request, self.device)
             clock.lap("encode")
-            latents = self._denoise(request, text, on_step, should_stop)
-            clock.lap("denoise")
+            latents, paused = self._denoise(request, text, on_step, should_stop)
+            clock.lap("denoise", paused)
             image = self.runner.decode(self.pipe, latents, request)
             clock.lap("decode")
         return Result(
@@ -169,7 +170,7 @@ class Engine:
 
         once = replace(request, steps=1)
         text = self.runner.encode(self.pipe, self.spec, once, self.device)
-        self.runner.decode(self.pipe, self._denoise(once, text, None, None), once)
+        self.runner.decode(self.pipe, self._denoise(once, text, None, None)[0], once)
         self._warm.add(size)
 
     def _denoise(
@@ -178,14 +179,19 @@ class Engine:
         text: dict[str, torch.Tensor],
         on_step: OnStep | None,
         should_stop: ShouldStop | None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, float]:
+        """Latents, and the seconds that previews took."""
         start = time.perf_counter()
         stopped = False
+        watch = Watch(self.pipe, request) if on_step and hasattr(self.pipe, "_unpack_latents") else None
 
         def after_step(pipe: Any, index: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             nonlocal stopped
             if on_step:
-                on_step(Step(index + 1, request.steps or 0, time.perf_counter() - start))
+                if watch is not None:
+                    watch.saw(index, values.get("latents"))
+                spent = time.perf_counter() - start - (watch.paused if watch else 0.0)
+                on_step(Step(index + 1, request.steps or 0, spent, watch.picture if watch else None))
             if should_stop and should_stop():
                 stopped = True
                 pipe._interrupt = True
@@ -194,7 +200,7 @@ class Engine:
         latents = self.runner.denoise(self.pipe, self.spec, request, text, after_step)
         if stopped:
             raise Cancelled("the run was stopped")
-        return latents
+        return latents, watch.paused if watch else 0.0
 
 
 class _Clock:
@@ -205,9 +211,9 @@ class _Clock:
         self.laps: dict[str, float] = {}
         self._last = self._now()
 
-    def lap(self, name: str) -> None:
+    def lap(self, name: str, without: float = 0.0) -> None:
         now = self._now()
-        self.laps[name] = now - self._last
+        self.laps[name] = now - self._last - without
         self._last = now
 
     def _now(self) -> float:

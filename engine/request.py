@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,11 +72,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Step:
-    """One finished denoising step: `index` counts from 1 to `total`; `seconds` since denoising began."""
+    """One finished denoising step: `index` counts from 1 to `total`; `seconds` since denoising began.
+
+    `preview`, where there is one, draws a small picture of where the run leads; its time is not counted as the run's.
+    """
 
     index: int
     total: int
     seconds: float
+    preview: Callable[[], Image.Image | None] | None = None
 
 
 @dataclass(frozen=True)

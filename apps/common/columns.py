@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 
 import gradio as gr
+from PIL import Image
 
 from apps.common import words
 from engine import Result, Step
@@ -51,8 +54,16 @@ def build(precision: str) -> Column:
     return Column(precision, line, blank, image, again, cost)
 
 
-def canvas(done: float, width: int = 1, height: int = 1) -> str:
-    """What stands where the picture of that shape will be: sixteen nibbles, lit as far as the run has come."""
+def canvas(done: float, width: int = 1, height: int = 1, preview: Image.Image | None = None) -> str:
+    """What stands where the picture of that shape will be: a preview, or nibbles lit as far as the run has come."""
+    if preview is not None:
+        held = io.BytesIO()
+        preview.save(held, "PNG")
+        data = base64.b64encode(held.getvalue()).decode()
+        return (
+            f'<div class="nb-canvas nb-preview" aria-hidden="true" style="aspect-ratio: {width} / {height}">'
+            f'<img src="data:image/png;base64,{data}" alt=""></div>'
+        )
     lit = round(done * _BITS)
     bits = [f'<i class="{"nb-lit" if place * 27 % _BITS < lit else ""}"></i>' for place in range(_BITS)]
     nibbles = "".join(f"<b>{''.join(bits[first : first + 4])}</b>" for first in range(0, _BITS, 4))

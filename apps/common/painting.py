@@ -34,7 +34,7 @@ def session(request: gr.Request) -> str:
 def wire(page: Page, studio: Studio) -> None:
     """Connect Generate, Ctrl+Enter and Stop."""
     painter = Painter(page, studio)
-    asked = {*page.controls.values(), page.randomise}
+    asked = {*page.controls.values(), page.randomise, page.preview}
     started = [page.message, page.generate, page.stop, page.controls["seed"], *painter.columns]
     started += [page.seen] if page.seen is not None else []
     compared, kept = page.comparison, page.history
@@ -93,6 +93,7 @@ class Painter:
             job = self.studio.job(values, tuple(page.columns))
         except RequestError as error:
             return {page.message: panels.message(str(error))}
+        job.preview = bool(data.get(page.preview))
         if not self.studio.desk.open(session(request), job):
             return {page.message: panels.message("A picture is being painted; Stop ends it.", "note")}
         shape = job.request.width or 1, job.request.height or 1
@@ -169,7 +170,7 @@ class Painter:
         updates: dict = {column.status: _head(event)}
         if isinstance(event, Stepped):
             shape = job.request.width or 1, job.request.height or 1
-            updates[column.canvas] = columns.canvas(event.step.index / event.step.total, *shape)
+            updates[column.canvas] = columns.canvas(event.step.index / event.step.total, *shape, event.preview)
         return updates
 
     def _refused(self, card: str) -> dict:

@@ -62,9 +62,10 @@ class Stopped(Event):
 
 @dataclass(frozen=True)
 class Stepped(Event):
-    """A denoising step is done."""
+    """A denoising step is done; `preview` is a small picture of where it leads, if that was asked for."""
 
     step: Step
+    preview: Image | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Job:
     stop: threading.Event = field(default_factory=threading.Event)
     claimed: bool = False
     pool: Pool | None = None
+    preview: bool = False
     finish: Callable[[Image, Request], Image] | None = None
 
 
@@ -151,7 +153,9 @@ def _one(pool: Pool, job: Job, precision: str, feed: _Feed) -> Event:
             if engine is None or job.stop.is_set():
                 return Stopped(precision)
             feed.put(Began(precision))
-            result = engine.run(job.request, on_step=_reporter(precision, feed), should_stop=job.stop.is_set)
+            result = engine.run(
+                job.request, on_step=_reporter(precision, feed, job.preview), should_stop=job.stop.is_set
+            )
         if job.finish is not None:
             result = replace(result, image=job.finish(result.image, result.request))
         return Finished(precision, result)
@@ -166,7 +170,7 @@ def _one(pool: Pool, job: Job, precision: str, feed: _Feed) -> Event:
         return Failed(precision, sentence(error))
 
 
-def _reporter(precision: str, feed: _Feed) -> Callable[[Step], None]:
+def _reporter(precision: str, feed: _Feed, preview: bool) -> Callable[[Step], None]:
     """A listener to steps that passes on no more than a page can use."""
     last = -STEP_INTERVAL
 
@@ -174,7 +178,8 @@ def _reporter(precision: str, feed: _Feed) -> Callable[[Step], None]:
         nonlocal last
         if step.seconds - last >= STEP_INTERVAL:
             last = step.seconds
-            feed.put(Stepped(precision, step))
+            picture = step.preview() if preview and step.preview is not None else None
+            feed.put(Stepped(precision, replace(step, preview=None), picture))
 
     return report
 

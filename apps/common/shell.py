@@ -32,6 +32,7 @@ class Page:
     stop: gr.Button
     message: gr.HTML
     randomise: gr.Checkbox
+    preview: gr.Checkbox
     last_seed: gr.Button
     recall: gr.UploadButton
     columns: dict[str, Column]
@@ -93,7 +94,7 @@ def layout(studio: Studio, house: Sequence[App] = ()) -> Page:
                     recall = gr.UploadButton(
                         "Recall from PNG", size="sm", file_types=[".png"], elem_id="nb-recall", min_width=120
                     )
-                aspect = _options(studio, controls)
+                aspect, preview = _options(studio, controls)
                 seen = _seen(studio)
             with gr.Row(elem_id="nb-columns", elem_classes=["nb-pair"]):
                 painted = {precision: columns.build(precision) for precision in studio.pool.precisions}
@@ -102,8 +103,8 @@ def layout(studio: Studio, house: Sequence[App] = ()) -> Page:
         gr.HTML(panels.explanation(studio.app))
         footer = gr.HTML(panels.footer(studio.choice))
     return Page(
-        banner, footer, generate, stop, message, randomise, last_seed, recall, painted, compared, kept, gr.State(None),
-        aspect, live, seen, examples, controls,
+        banner, footer, generate, stop, message, randomise, preview, last_seed, recall, painted, compared, kept,
+        gr.State(None), aspect, live, seen, examples, controls,
     )  # fmt: skip
 
 
@@ -136,14 +137,18 @@ def _seen(studio: Studio) -> gr.Image | None:
     return gr.Image(label=studio.app.seen[1], visible=False, interactive=False, buttons=["download"], elem_id="nb-seen")
 
 
-def _options(studio: Studio, controls: dict[str, gr.components.Component]) -> gr.Radio | None:
+def _options(studio: Studio, controls: dict[str, gr.components.Component]) -> tuple[gr.Radio | None, gr.Checkbox]:
+    """The folded settings; returns the choice of a shape, where there is one, and the switch of previews."""
     aspect = None
     with gr.Accordion("Options", open=False, elem_id="nb-options"):
         _place(studio, "options", controls)
         if any(control.place == "size" for control in studio.controls):
             aspect = gr.Radio(list(ASPECTS), value="1:1", label="Shape", elem_id="nb-aspect")
             _place(studio, "size", controls)
-    return aspect
+        preview = gr.Checkbox(
+            True, label="Preview while painting", info="Its time is not counted", elem_id="nb-live-preview"
+        )
+    return aspect, preview
 
 
 def _examples(studio: Studio) -> list[gr.Button]:
