@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -13,6 +13,7 @@ from apps.common.comparison import Shot
 from apps.common.runner import Began, Event, Failed, Finished, Job, Loads, Stepped, Stopped, Unloaded, events
 from apps.common.studio import Studio
 from engine import RequestError
+from engine.request import MAX_SEED
 
 if TYPE_CHECKING:
     from apps.common.shell import Page
@@ -34,7 +35,7 @@ def session(request: gr.Request) -> str:
 def wire(page: Page, studio: Studio) -> None:
     """Connect Generate, Ctrl+Enter and Stop."""
     painter = Painter(page, studio)
-    asked = {*page.controls.values(), page.randomise, page.preview}
+    asked = {*page.controls.values(), page.randomise, page.preview, page.batch}
     started = [page.message, page.generate, page.stop, page.controls["seed"], *painter.columns]
     started += [page.seen] if page.seen is not None else []
     compared, kept = page.comparison, page.history
@@ -96,7 +97,7 @@ class Painter:
         job.preview = bool(data.get(page.preview))
         if not self.studio.desk.open(session(request), job):
             return {page.message: panels.message("A picture is being painted; Stop ends it.", "note")}
-        shape = job.request.width or 1, job.request.height or 1
+        job.seeds = _seeds(job.request.seed, data.get(page.batch) or 1)
         updates: dict = {
             page.message: "",
             page.controls["seed"]: values["seed"],
@@ -105,7 +106,13 @@ class Painter:
         }
         if page.seen is not None and self.studio.app.seen is not None:
             updates[page.seen] = gr.update(value=job.request.inputs[self.studio.app.seen[0]], visible=True)
-        for precision, column in page.columns.items():
+        return updates | self._waiting(job)
+
+    def _waiting(self, job: Job) -> dict:
+        """Columns before their turn."""
+        updates: dict = {}
+        shape = job.request.width or 1, job.request.height or 1
+        for precision, column in self.page.columns.items():
             updates[column.status] = columns.status(precision, "idle", "Waiting for its turn")
             updates[column.canvas] = gr.update(value=columns.canvas(0, *shape), visible=True)
             updates[column.image] = gr.update(value=None, visible=False)
@@ -138,19 +145,34 @@ class Painter:
             if not verdict.allowed:
                 yield self._refused(panels.refusal(verdict))
                 return
-            yield {self.page.comparison.box: gr.update(visible=False), self.page.comparison.shots: {}}
-            shots: dict[str, Shot] = {}
             entries = data[self.page.history.entries]
-            for event in events(job.pool or self.studio.pool, job):
-                if isinstance(event, Finished):
-                    path = self.studio.pictures.save(event.result, self.studio.own_settings(job.values))
-                    shots[event.precision] = Shot(path, event.result)
-                    entries = history.add(entries, path, event.result, job.values)
-                    yield self._finished(shots, entries, job, data)
-                else:
-                    yield self._progress(event, job)
+            for number, seed in enumerate(job.seeds or (job.request.seed,), 1):
+                if job.stop.is_set():
+                    break
+                one = job.with_seed(seed)
+                if number > 1:
+                    yield self._waiting(one)
+                if len(job.seeds) > 1:
+                    yield {
+                        self.page.message: panels.message(f"Picture {number} of {len(job.seeds)}, seed {seed}.", "note")
+                    }
+                entries = yield from self._one(one, entries, data)
         finally:
             self.studio.desk.close(session(request), job)
+
+    def _one(self, job: Job, entries: list[history.Entry], data: dict) -> Generator[dict, None, list[history.Entry]]:
+        """The same noise in each precision. Returns the history with what was painted."""
+        yield {self.page.comparison.box: gr.update(visible=False), self.page.comparison.shots: {}}
+        shots: dict[str, Shot] = {}
+        for event in events(job.pool or self.studio.pool, job):
+            if isinstance(event, Finished):
+                path = self.studio.pictures.save(event.result, self.studio.own_settings(job.values))
+                shots[event.precision] = Shot(path, event.result)
+                entries = history.add(entries, path, event.result, job.values)
+                yield self._finished(shots, entries, job, data)
+            else:
+                yield self._progress(event, job)
+        return entries
 
     def rest(self) -> dict:
         """After a run, however it ended."""
@@ -215,3 +237,8 @@ def _head(event: Event) -> str:
     if isinstance(event, Failed):
         return columns.status(event.precision, "failed", event.text)
     raise TypeError(f"no words for {type(event).__name__}")
+
+
+def _seeds(first: int, count: float) -> tuple[int, ...]:
+    """So many seeds in a row."""
+    return tuple((first + number) % (MAX_SEED + 1) for number in range(int(count)))

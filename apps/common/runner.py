@@ -97,7 +97,13 @@ class Job:
     claimed: bool = False
     pool: Pool | None = None
     preview: bool = False
+    seeds: tuple[int, ...] = ()
     finish: Callable[[Image, Request], Image] | None = None
+
+    def with_seed(self, seed: int) -> Job:
+        """The same job from other noise; Stop ends both."""
+        request = replace(self.request, seed=seed)
+        return replace(self, request=request, values={**self.values, "seed": seed})
 
 
 class _Feed:
@@ -132,8 +138,10 @@ def on_device(pool: Pool, job: Job) -> Iterator[Event]:
     try:
         while (event := feed.get()) is not None:
             yield event
-    finally:
+    except BaseException:
+        # The reader has gone before the end.
         job.stop.set()
+        raise
 
 
 def _work(pool: Pool, job: Job, feed: _Feed) -> None:

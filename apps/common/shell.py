@@ -33,6 +33,7 @@ class Page:
     message: gr.HTML
     randomise: gr.Checkbox
     preview: gr.Checkbox
+    batch: gr.Slider
     last_seed: gr.Button
     recall: gr.UploadButton
     columns: dict[str, Column]
@@ -94,7 +95,7 @@ def layout(studio: Studio, house: Sequence[App] = ()) -> Page:
                     recall = gr.UploadButton(
                         "Recall from PNG", size="sm", file_types=[".png"], elem_id="nb-recall", min_width=120
                     )
-                aspect, preview = _options(studio, controls)
+                aspect, preview, batch = _options(studio, controls)
                 seen = _seen(studio)
             with gr.Row(elem_id="nb-columns", elem_classes=["nb-pair"]):
                 painted = {precision: columns.build(precision) for precision in studio.pool.precisions}
@@ -103,7 +104,7 @@ def layout(studio: Studio, house: Sequence[App] = ()) -> Page:
         gr.HTML(panels.explanation(studio.app))
         footer = gr.HTML(panels.footer(studio.choice))
     return Page(
-        banner, footer, generate, stop, message, randomise, preview, last_seed, recall, painted, compared, kept,
+        banner, footer, generate, stop, message, randomise, preview, batch, last_seed, recall, painted, compared, kept,
         gr.State(None), aspect, live, seen, examples, controls,
     )  # fmt: skip
 
@@ -137,18 +138,24 @@ def _seen(studio: Studio) -> gr.Image | None:
     return gr.Image(label=studio.app.seen[1], visible=False, interactive=False, buttons=["download"], elem_id="nb-seen")
 
 
-def _options(studio: Studio, controls: dict[str, gr.components.Component]) -> tuple[gr.Radio | None, gr.Checkbox]:
-    """The folded settings; returns the choice of a shape, where there is one, and the switch of previews."""
+def _options(
+    studio: Studio, controls: dict[str, gr.components.Component]
+) -> tuple[gr.Radio | None, gr.Checkbox, gr.Slider]:
+    """The folded settings; returns the choice of a shape, where there is one, the switch of previews, and how many seeds."""
     aspect = None
     with gr.Accordion("Options", open=False, elem_id="nb-options"):
         _place(studio, "options", controls)
         if any(control.place == "size" for control in studio.controls):
             aspect = gr.Radio(list(ASPECTS), value="1:1", label="Shape", elem_id="nb-aspect")
             _place(studio, "size", controls)
+        batch = gr.Slider(
+            1, 8, 1, step=1, label="Pictures", info="One after the other, from seeds in a row", elem_id="nb-batch",
+            visible=studio.app.live is None,
+        )  # fmt: skip
         preview = gr.Checkbox(
             True, label="Preview while painting", info="Its time is not counted", elem_id="nb-live-preview"
         )
-    return aspect, preview
+    return aspect, preview, batch
 
 
 def _examples(studio: Studio) -> list[gr.Button]:

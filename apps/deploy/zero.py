@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ _SMALL_STEP = 0.1
 _FOUR_BIT = 2.0
 # The fork, text encoders and VAE; and a GiB of weights on its way to the GPU.
 _START, _GIB = 5.0, 0.5
+# Fields of a job that stay in this process.
+_AT_HOME = ("stop", "claimed", "pool", "values")
 
 
 def here() -> bool:
@@ -58,11 +61,11 @@ def borrow(pools: Sequence[Pool]) -> None:
 
     from apps.common import runner
 
-    def paint(which: int, request: Request, precisions: Sequence[str], finish: Any) -> Iterator[Event]:
-        yield from runner.on_device(pools[which], runner.Job(request, precisions, {}, finish=finish))
+    def paint(which: int, cargo: dict[str, Any]) -> Iterator[Event]:
+        yield from runner.on_device(pools[which], runner.Job(**cargo))
 
-    def duration(which: int, request: Request, precisions: Sequence[str], finish: Any) -> int:
-        return seconds(pools[which].spec, request, precisions)
+    def duration(which: int, cargo: dict[str, Any]) -> int:
+        return seconds(pools[which].spec, cargo["request"], cargo["precisions"])
 
     lent = spaces.GPU(paint, duration=duration)  # pyright: ignore[reportArgumentType, reportCallIssue]
     for which, pool in enumerate(pools):
@@ -90,7 +93,7 @@ def _relay(paint: Callable[..., Any], job: Job) -> Iterator[Event]:
     if job.stop.is_set():
         yield from map(Stopped, left)
         return
-    with closing(paint(job.request, job.precisions, job.finish)) as painting:
+    with closing(paint(_cargo(job))) as painting:
         try:
             for event in painting:
                 if isinstance(event, Finished | Failed | Stopped):
@@ -103,6 +106,12 @@ def _relay(paint: Callable[..., Any], job: Job) -> Iterator[Event]:
             yield from (Failed(precision, _said(error)) for precision in left)
             raise
     yield from map(Stopped, left)
+
+
+def _cargo(job: Job) -> dict[str, Any]:
+    """The fields of a job that a fork needs; the others are locks and engines, or the page's own."""
+    taken = {field.name: getattr(job, field.name) for field in fields(job) if field.name not in _AT_HOME}
+    return taken | {"values": {}}
 
 
 def _said(error: Exception) -> str:

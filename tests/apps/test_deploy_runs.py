@@ -25,6 +25,7 @@ from apps.common.pool import Pool
 from apps.common.runner import Began, Failed, Finished, Job, Stepped, Stopped, events
 from apps.deploy import folder, zero
 from apps.deploy.plan import plan
+from apps.fill import run as fill
 from engine import Request
 from engine.models import catalogue
 from tests.apps import fake
@@ -109,6 +110,17 @@ def test_a_gpu_that_is_not_lent_fails_each_column_and_says_why():
     assert [next(relayed), next(relayed)] == [Failed(name, "You have exceeded your quota") for name in ("bf16", "int4")]
     with pytest.raises(gr.Error):
         next(relayed)
+
+
+def test_what_a_fork_is_given_survives_pickling():
+    given = []
+    job, relayed = lending(lambda cargo: given.append(cargo) or iter(()))
+    job.preview, job.finish = True, fill.APP.finish
+    list(relayed)
+    there = Job(**pickle.loads(pickle.dumps(given[0])))
+    assert (there.request, there.precisions, there.preview) == (job.request, job.precisions, True)
+    assert there.finish is job.finish
+    assert there.stop is not job.stop
 
 
 def test_what_a_fork_sends_back_survives_pickling():

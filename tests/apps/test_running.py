@@ -17,6 +17,7 @@ from apps.common.runner import Began, Desk, Failed, Finished, Job, Loads, Steppe
 from apps.flux_t2i.run import APP
 from engine import ModelError, Request
 from engine.models import catalogue
+from engine.request import MAX_SEED
 from tests.apps.fake import FakeEngine
 
 TINY = catalogue.resolve("tiny")
@@ -199,9 +200,9 @@ class Driven:
         self.painter = painting.Painter(self.page, studio)
         self.request: Any = SimpleNamespace(session_hash="a session")
 
-    def start(self, randomise: bool = False, **values: Any) -> dict:
+    def start(self, randomise: bool = False, batch: int = 1, **values: Any) -> dict:
         data = {part: values.get(name) for name, part in self.page.controls.items()}
-        return self.painter.start(data | {self.page.randomise: randomise}, self.request)
+        return self.painter.start(data | {self.page.randomise: randomise, self.page.batch: batch}, self.request)
 
     def run(self, entries: list | None = None):
         compared = self.page.comparison
@@ -235,6 +236,27 @@ def test_the_slower_column_learns_its_speed_when_the_reference_arrives(make_stud
     figures = [u[driven.page.columns["int4"].figures] for u in driven.run() if driven.page.columns["int4"].figures in u]
     assert "faster" not in figures[0]
     assert "faster" in figures[-1]
+
+
+def test_several_seeds_come_one_after_the_other(driven):
+    driven.start(prompt="a red cube", seed=MAX_SEED, steps=2, batch=3)
+    last = [update for update in driven.run() if driven.page.history.entries in update][-1]
+    entries = last[driven.page.history.entries]
+    assert [(entry.values["seed"], entry.path.rpartition("-")[2]) for entry in entries] == [
+        (seed, f"{precision}.png") for seed in (1, 0, MAX_SEED) for precision in ("int4", "bf16")
+    ]
+    assert not driven.studio.desk.stop("a session")
+
+
+def test_stop_ends_a_row_of_seeds(driven):
+    driven.start(prompt="a red cube", seed=3, steps=2, batch=8)
+    seeds = set()
+    for update in driven.run():
+        for entry in update.get(driven.page.history.entries, ()):
+            seeds.add(entry.values["seed"])
+        if 4 in seeds:
+            driven.studio.desk.stop("a session")
+    assert seeds <= {3, 4}
 
 
 def test_the_seed_that_is_drawn_is_written_back(driven):
