@@ -141,7 +141,7 @@ def _seen(studio: Studio) -> gr.Image | None:
 def _options(
     studio: Studio, controls: dict[str, gr.components.Component]
 ) -> tuple[gr.Radio | None, gr.Checkbox, gr.Slider]:
-    """The folded settings; returns the choice of a shape, where there is one, the switch of previews, and how many seeds."""
+    """The folded settings; returns the choice of a shape (where there is one), the switch of previews, the seeds."""
     aspect = None
     with gr.Accordion("Options", open=False, elem_id="nb-options"):
         _place(studio, "options", controls)
