@@ -67,6 +67,9 @@ def banner(choice: Choice, pool: Pool, app: App) -> str:
     device = next((_device(engine) for engine in engines), "none in use" if pool.settled else "starting")
     kernels = next((engine for engine in engines if engine.precision != "bf16"), next(iter(engines), None))
     facts = {"Model": choice.spec.title, "Device": device}
+    held = next((_held(engine) for engine in engines), "")
+    if held:
+        facts["Memory in use"] = held
     if kernels is not None:
         facts["Kernels"] = f"{kernels.backend}, {kernels.activation.upper()}"
     chips = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
@@ -84,6 +87,15 @@ def _device(engine: object) -> str:
     import torch
 
     return torch.cuda.get_device_name(device)
+
+
+def _held(engine: object) -> str:
+    device = str(getattr(engine, "device", "cpu"))
+    if not device.startswith("cuda"):
+        return ""
+    from apps.common import gpus
+
+    return gpus.memory(device)
 
 
 def _loading(pool: Pool) -> str:

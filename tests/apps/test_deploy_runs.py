@@ -114,7 +114,12 @@ def test_a_gpu_that_is_not_lent_fails_each_column_and_says_why():
 
 def test_what_a_fork_is_given_survives_pickling():
     given = []
-    job, relayed = lending(lambda cargo: given.append(cargo) or iter(()))
+
+    def paint(cargo):
+        given.append(cargo)
+        yield Began("bf16")
+
+    job, relayed = lending(paint)
     job.preview, job.finish = True, fill.APP.finish
     list(relayed)
     there = Job(**pickle.loads(pickle.dumps(given[0])))
