@@ -49,7 +49,8 @@ def test_an_app_is_frozen_and_gives_its_controls_by_name():
 def test_the_text_to_image_app_names_its_models_and_examples():
     assert APP.models[0] == "tiny"
     assert all(example["prompt"] for example in APP.examples)
-    assert {"prompt", "seed", "steps", "guidance", "style", "width", "height"} == {c.name for c in APP.controls}
+    own = {"prompt", "seed", "steps", "guidance", "style", "width", "height"}
+    assert {c.name for c in APP.controls} == own | {"lora", "lora_file", "lora_strength"}
 
 
 def test_a_model_without_guidance_has_no_such_control(make_studio):
