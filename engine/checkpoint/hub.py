@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.errors import CheckpointError, ModelError
 
-__all__ = ["resolve"]
+__all__ = ["resolve", "subfolder"]
 
 _FOLDER_FILES = ["*.safetensors", "*.json"]
 
@@ -36,6 +36,17 @@ def resolve(place: str | Path) -> Path:
         if file:
             return Path(hf_hub_download(repository, file))
         return _one_of(repository, Path(snapshot_download(repository, allow_patterns=_patterns(repository))))
+
+
+def subfolder(repository: str, name: str) -> Path:
+    """Return the local path of one folder of a hub repository, its .safetensors and .json files downloaded once.
+
+    Raises ModelError when the hub cannot give it.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _explained(repository, name):
+        return Path(snapshot_download(repository, allow_patterns=[f"{name}/{kind}" for kind in _FOLDER_FILES])) / name
 
 
 def _patterns(repository: str) -> list[str]:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from engine.errors import EngineError
+from engine.errors import ArgumentError, EngineError
 
-_EXAMPLES = """example:
-  python -m engine.quantize tiny --out my-int4 --calib prompts.txt --rank 32
+_EXAMPLES = """examples:
+  python -m engine.quantize tiny --out my-int4 --calib prompts.txt
+  python -m engine.quantize my-flux --out my-flux-int4 --calib prompts.txt --report my-report
+  python -m engine.quantize dev --out svdq-int4_r32-mine.safetensors --format nunchaku --calib prompts.txt
 
-The folder it writes opens with python -m engine.generate and with the apps when it lies beside the model's own
-folder under the same name with -int4 added."""
+A folder opens in the apps and in python -m engine.generate when it lies beside the model's own folder under the same
+name with -int4 added. docs/quantize.md tells the rest."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0 done, 2 a bad argument or an unusable model."""
+    """Run the command; returns its exit status: 0 done, 2 a bad argument or an unusable model, 130 interrupted."""
     args = _parser().parse_args(argv)
     try:
         _quantize(args)
     except (EngineError, OSError) as error:
         print(f"engine.quantize: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("engine.quantize: stopped; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -34,60 +41,56 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="tiny, schnell, dev, a diffusers folder or a hub id")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; replaced when done")
-    parser.add_argument("--precision", default="int4", choices=("int4", "nvfp4"), help="4-bit type (default int4)")
-    parser.add_argument("--calib", type=Path, metavar="FILE", help="text file, a prompt a line (default: no data)")
-    parser.add_argument("--samples", type=int, default=16, help="prompts of the file to use (default 16)")
-    parser.add_argument("--rank", type=int, default=32, help="rank of the 16-bit branch, a multiple of 16 (default 32)")
-    parser.add_argument("--rounds", type=int, default=8, help="rounds of refining branch and rounding (default 8)")
-    parser.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=True,
-                        help="let later inputs make up for what rounding loses (INT4; default on)")  # fmt: skip
-    parser.add_argument("--keep-16bit", nargs="*", default=[], metavar="PATTERN", help="linears to leave in 16 bits")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write a quality report (HTML, JSON) there as well")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:index]")
+    add = parser.add_argument
+    add("model", help="tiny, schnell, dev, a diffusers folder or a hub id")
+    add("--out", required=True, type=Path, metavar="PATH",
+        help="NAME.safetensors for one file, any other name for a folder; replaced when done")  # fmt: skip
+    add("--format", default="canonical", choices=("nunchaku", "nunchaku_lite", "canonical"),
+        help="layout to write (default canonical); docs/format.md has them")  # fmt: skip
+    add("--precision", default="int4", choices=("int4", "nvfp4"), help="4-bit type (default int4)")
+    add("--calib", default="none", metavar="FILE",
+        help="text file, a prompt a line, or none: no data, the model is not run (default none)")  # fmt: skip
+    add("--samples", type=int, default=16, metavar="N", help="prompts of the file to use (default 16)")
+    add("--size", type=int, metavar="PIXELS", help="side of the calibration pictures (default the model's)")
+    add("--steps", type=int, help="denoising steps of the calibration pictures (default the model's)")
+    add("--rank", type=int, default=32, help="rank of the 16-bit branch, a multiple of 16 (default 32)")
+    add("--rounds", type=int, default=8, help="rounds of refining branch and rounding (default 8)")
+    add("--gptq", action=argparse.BooleanOptionalAction, default=True,
+        help="let later inputs make up for what rounding loses (INT4 with --calib; default on)")  # fmt: skip
+    add("--keep-16bit", nargs="+", default=[], metavar="PATTERN",
+        help='linears to leave in 16 bits, for example "*.proj_mlp"')  # fmt: skip
+    add("--report", type=Path, metavar="DIR", help="write a quality report (HTML, JSON) there as well")
+    add("--device", default="auto", help="auto, cpu or cuda[:index]")
+    add("--resume", action="store_true", help="go on from the blocks that a run which was ended left beside PATH")
     return parser
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    from engine.errors import ArgumentError
+    _check(args)
+    prompts = _prompts(args.calib, args.samples)
+    # torch takes seconds to import; a wrong argument should not wait for it.
     from engine.quantize import Recipe, quantize_model
+    from engine.quantize.progress import Bars
 
-    if args.rank < 0 or args.rank % 16:
-        raise ArgumentError(f"--rank: expected a multiple of 16 from 0 up, got {args.rank}")
-    if args.gptq and (args.precision != "int4" or args.rounds < 2):
+    _hush()
+    if args.gptq and prompts and (args.precision != "int4" or args.rounds < 2):
         why = "for INT4 only" if args.precision != "int4" else "only with --rounds 2 or more"
         print(f"engine.quantize: GPTQ is {why}; going on without it", file=sys.stderr)
-        args.gptq = False
-    if args.samples < 1 or args.rounds < 1:
-        raise ArgumentError(f"--samples and --rounds: expected 1 or more, got {args.samples} and {args.rounds}")
-    prompts = _prompts(args.calib, args.samples)
-    bars: dict[str, tqdm] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            bars[stage] = tqdm(total=total, desc=stage, file=sys.stderr)
-        bars[stage].update(done - bars[stage].n)
-
-    recipe = Recipe(precision=args.precision, rank=args.rank, rounds=args.rounds, gptq=args.gptq)
-    report = quantize_model(
-        args.model,
-        args.out,
-        prompts=prompts,
-        recipe=recipe,
-        keep=args.keep_16bit,
-        device=args.device,
-        progress=progress,
-    )
-    for bar in bars.values():
-        bar.close()
-    size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
-    print(f"{args.out}: {size / 2**20:.1f} MiB, {len(report)} groups of linears")
-    print("largest relative output errors:")
-    for row in sorted(report, key=lambda row: -row.error)[:8]:
-        print(f"  {row.error:6.3f}  {row.kind:<5} {row.name}")
+    with Bars() as bars:
+        rows = quantize_model(
+            args.model,
+            args.out,
+            prompts=prompts,
+            size=args.size,
+            steps=args.steps,
+            recipe=Recipe(precision=args.precision, rank=args.rank, rounds=args.rounds, gptq=args.gptq),
+            keep=args.keep_16bit,
+            device=args.device,
+            format=args.format,
+            resume=args.resume,
+            progress=bars,
+        )
+    _tell(args.out, rows)
     if args.report:
         from engine.quantize.report import write_report
 
@@ -95,15 +98,44 @@ def _quantize(args: argparse.Namespace) -> None:
         print(f"quality report: {args.report / 'index.html'}")
 
 
-def _prompts(file: Path | None, samples: int) -> list[str]:
-    from engine.errors import ArgumentError
+def _check(args: argparse.Namespace) -> None:
+    if args.rank < 0 or args.rank % 16:
+        raise ArgumentError(f"--rank: expected a multiple of 16 from 0 up, got {args.rank}")
+    for name in ("samples", "rounds"):
+        if getattr(args, name) < 1:
+            raise ArgumentError(f"--{name}: expected 1 or more, got {getattr(args, name)}")
 
-    if file is None:
+
+def _prompts(name: str, samples: int) -> list[str]:
+    if name == "none":
         return []
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"--calib: expected none or a text file, a prompt a line, got {name} ({error})") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise ArgumentError(f"--calib: {file} holds no prompt")
+        raise ArgumentError(f"--calib: expected a prompt a line, but {name} holds none")
     return lines[:samples]
+
+
+def _hush() -> None:
+    """The one bar to be seen is ours, not one for each file that diffusers and transformers open."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _tell(out: Path, rows: Sequence[Any]) -> None:
+    files = out.glob("*.safetensors") if out.is_dir() else [out]
+    size = sum(file.stat().st_size for file in files)
+    print(f"{out}: {size / 2**20:.1f} MiB, {len(rows)} groups of linears")
+    print("largest relative output errors with 4-bit activations:")
+    for row in sorted(rows, key=lambda row: -row.error_w4a4)[:8]:
+        print(f"  {row.error_w4a4:6.3f}  {row.kind:<5} {row.name}")
 
 
 if __name__ == "__main__":

@@ -1,67 +1,186 @@
-"""Run a 16-bit model on prompts and keep what each group of linears reads."""
+"""Run a 16-bit model on prompts, block by block, and keep what each group of linears reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.errors import ArgumentError, ModelError
+from engine.models import loading
+from engine.models.catalogue import ModelSpec
+from engine.models.families import runner
 from engine.models.plan import LinearGroup, get_linear
 from engine.quantize.layer import Inputs
+from engine.quantize.lockstep import ask, run_together
+from engine.quantize.streamed import StreamedModel
 from engine.request import Request
 
-__all__ = ["collect"]
+__all__ = ["check_prompts", "collect"]
 
 _ROWS = 2048
+# Pictures on their way at a time. Each holds its activations on the device, some 60 MB in FLUX.1 at 1024 pixels.
+_AT_ONCE = 64
+_PICTURES = {"control_image", "image", "mask_image"}
+
+
+def check_prompts(
+    spec: ModelSpec, prompts: Sequence[str], size: int | None = None, steps: int | None = None
+) -> list[Request]:
+    """A request for each prompt, with its number as seed; `size` is pixels of a side, None the model's default.
+
+    Raises ArgumentError for a model that needs more than words, RequestError for a prompt or number that is none.
+    """
+    import diffusers
+
+    takes = inspect.signature(getattr(diffusers, spec.pipeline).__call__).parameters
+    if prompts and (spec.runner or _PICTURES & set(takes)):
+        raise ArgumentError(
+            f"calib: {spec.name} is told by pictures what to paint, which prompts cannot give; quantize it without data"
+        )
+    wanted = (Request(text, seed=seed, steps=steps, width=size, height=size) for seed, text in enumerate(prompts))
+    return [request.resolved(spec) for request in wanted]
+
+
+@torch.inference_mode()
+def collect(
+    streamed: StreamedModel,
+    spec: ModelSpec,
+    requests: Sequence[Request],
+    device: torch.device,
+    on_call: Callable[[int, int], None],
+) -> Iterator[tuple[str, dict[LinearGroup, Inputs]]]:
+    """Paint the requests and give, block by block, what every group of the block read.
+
+    All pictures go through a block before the next one is read from the files. `on_call` hears (blocks run for a
+    picture, all of them).
+    """
+    streamed.fill_rest()
+    collectors = _Painter(streamed, spec, requests, device, on_call).paint_all()
+    for block in streamed.blocks:
+        found = {group: collectors.pop(group).inputs() for group in streamed.groups[block]}
+        for group, seen in found.items():
+            if not (seen.rows.isfinite().all() and seen.largest.isfinite().all()):
+                raise ModelError(f"{spec.name}: {group.title} read NaN or infinity while painting; its weights are bad")
+        yield block, found
 
 
 class _Collector:
     """Keeps an even sample of at most `_ROWS` rows, and the largest magnitude a channel over all rows."""
 
-    def __init__(self) -> None:
-        self.rows: list[Tensor] = []
+    def __init__(self, per_call: int) -> None:
+        self.per_call = per_call
+        self.rows: dict[tuple[int, int], Tensor] = {}
         self.largest: Tensor | None = None
 
-    def see(self, x: Tensor, per_call: int) -> None:
-        flat = x.detach().reshape(-1, x.shape[-1]).float()
-        largest = flat.abs().amax(0)
+    def see(self, x: Tensor, call: tuple[int, int], number: int) -> None:
+        """Take rows of x (..., K): those of call (picture, its call), which is the `number`th one of all."""
+        flat = x.detach().reshape(-1, x.shape[-1])
+        largest = flat.abs().amax(0).float()
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
         # Shifting the start from call to call visits every token position in the end, with no random numbers.
-        stride = max(1, len(flat) // per_call)
-        self.rows.append(flat[len(self.rows) % stride :: stride][:per_call].clone())
+        stride = max(1, len(flat) // self.per_call)
+        self.rows[call] = flat[number % stride :: stride][: self.per_call].to("cpu", copy=True)
 
     def inputs(self) -> Inputs:
+        """Rows in the order of the pictures, whatever the order was in which they came; in the model's type."""
         assert self.largest is not None
-        rows = torch.cat(self.rows)
-        return Inputs(rows[:: max(1, len(rows) // _ROWS)][:_ROWS], self.largest)
+        rows = torch.cat([self.rows[call] for call in sorted(self.rows)])
+        return Inputs(rows[:: max(1, len(rows) // _ROWS)][:_ROWS], self.largest.cpu())
 
 
-@torch.inference_mode()
-def collect(
-    engine: Any,
-    model: nn.Module,
-    groups: Sequence[LinearGroup],
-    prompts: Iterable[str],
-    on_prompt: Callable[[int], None] | None = None,
-) -> dict[LinearGroup, Inputs]:
-    """Generate a picture for each prompt with `engine` and return what every group of `model` read."""
-    prompts = list(prompts)
-    collectors = {group: _Collector() for group in groups}
-    calls = max(1, len(prompts) * int(engine.spec.steps.default))
-    per_call = max(1, -(-_ROWS // calls))
-    hooks = [_watch(get_linear(model, group.names[0]), collectors[group], per_call) for group in groups]
-    try:
-        for seed, prompt in enumerate(prompts):
-            engine.run(Request(prompt, seed=seed))
-            if on_prompt:
-                on_prompt(seed + 1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {group: collector.inputs() for group, collector in collectors.items()}
+class _Painter:
+    """Paints pictures side by side with a model whose blocks come one at a time."""
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        spec: ModelSpec,
+        requests: Sequence[Request],
+        device: torch.device,
+        on_call: Callable[[int, int], None],
+    ) -> None:
+        self.streamed, self.spec, self.requests, self.device = streamed, spec, requests, device
+        self.runner, self.on_call, self.done = runner(spec), on_call, 0
+        self.steps = int(requests[0].steps or 1)
+        with loading.LOADING:
+            self.pipe = loading.pipeline(spec, streamed.model, device, None)
+        self.texts = [self.runner.encode(self.pipe, spec, request, device) for request in requests]
+        _drop_encoders(self.pipe)
+        calls = max(1, len(requests) * self.steps)
+        per_call = max(1, -(-_ROWS // calls))
+        self.collectors = {group: _Collector(per_call) for groups in streamed.groups.values() for group in groups}
+        self.calls: Counter[tuple[int, int]] = Counter()
+        self.now = ((0, 0), 0)
+
+    def paint_all(self) -> dict[LinearGroup, _Collector]:
+        """Paint all requests; the model is left as it was."""
+        hooks = self._watch()
+        try:
+            for start in range(0, len(self.requests), _AT_ONCE):
+                self._paint(range(start, min(start + _AT_ONCE, len(self.requests))))
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for block in self.streamed.blocks:
+                del self.streamed.model.get_submodule(block).forward
+        return self.collectors
+
+    def _paint(self, pictures: range) -> None:
+        """Paint some of the requests together."""
+        pipes = [loading.pipeline(self.spec, self.streamed.model, self.device, self.pipe) for _ in pictures]
+        works = [self._work(index, pipe) for index, pipe in zip(pictures, pipes, strict=True)]
+        run_together(works, lambda place, calls: self._serve(place, pictures.start, calls))
+
+    def _work(self, index: int, pipe: Any) -> Callable[[], None]:
+        def work() -> None:
+            wanted = self.requests[index]
+            # The first picture begins with a step that reaches from pure noise to the end.
+            for request in (replace(wanted, steps=1), wanted) if index == 0 else (wanted,):
+                self.runner.denoise(pipe, self.spec, request, self.texts[index], lambda *args: args[-1])
+
+        return work
+
+    def _watch(self) -> list[Any]:
+        """Let blocks stop and linears be watched."""
+        hooks = []
+        for place, block in enumerate(self.streamed.blocks):
+            # Bound now: the loop variable moves on.
+            def stop(*args: Any, _place: int = place, **kwargs: Any) -> Any:
+                return ask(_place, (args, kwargs))
+
+            self.streamed.model.get_submodule(block).forward = stop
+            for group in self.streamed.groups[block]:
+                linear = get_linear(self.streamed.model, group.names[0])
+                hooks.append(linear.register_forward_pre_hook(self._observer(self.collectors[group])))
+        return hooks
+
+    def _observer(self, collector: _Collector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: collector.see(args[0], *self.now)
+
+    def _serve(self, place: int, first: int, calls: list[tuple[int, Any]]) -> list[Any]:
+        """Run one block for all pictures that have come to it."""
+        answers = []
+        with self.streamed.block(self.streamed.blocks[place]) as module:
+            for task, (args, kwargs) in calls:
+                picture = first + task
+                count = self.calls[place, picture]
+                self.calls[place, picture] += 1
+                self.now = (picture, count), picture * self.steps + count + (picture > 0)
+                answers.append(type(module).forward(module, *args, **kwargs))
+                self.done += 1
+                self.on_call(self.done, len(self.streamed.blocks) * (len(self.requests) * self.steps + 1))
+        return answers
 
 
-def _watch(linear: nn.Linear, collector: _Collector, per_call: int) -> Any:
-    return linear.register_forward_pre_hook(lambda _, args: collector.see(args[0], per_call))
+def _drop_encoders(pipe: Any) -> None:
+    """Text encoders have done their work; the memory is for blocks."""
+    for name in [name for name in pipe.components if name.startswith("text_encoder")]:
+        setattr(pipe, name, None)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -53,10 +53,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Canonical tensors of one group of linears (rows stacked) and the relative output error they cause."""
+    """Canonical tensors of one group of linears (rows stacked) and the relative output errors they cause.
+
+    `error` is that with 4-bit, `error_w4a8` that with 8-bit activations.
+    """
 
     linear: ops.CanonicalLinear
     error: float
+    error_w4a8: float
 
 
 def quantize_group(weight: Tensor, inputs: Inputs, recipe: Recipe, *, unsigned: bool = False) -> Quantized:
@@ -74,12 +78,16 @@ def quantize_group(weight: Tensor, inputs: Inputs, recipe: Recipe, *, unsigned: 
     best: tuple[float, Tensor] | None = None
     for smooth in candidates(weight, inputs.largest, recipe.alphas, recipe.dtype):
         trial = _branch_and_round(weight, smooth, inputs, recipe, rounds=1)
-        error = _output_error(weight, trial, inputs.rows, unsigned)
+        error = _output_error(weight, trial, inputs.rows, _seen_in_4_bits(inputs.rows, smooth, unsigned))
         if best is None or error < best[0]:
             best = (error, smooth)
     assert best is not None
     linear = _branch_and_round(weight, best[1], inputs, recipe, rounds=recipe.rounds)
-    return Quantized(linear, _output_error(weight, linear, inputs.rows, unsigned))
+    return Quantized(
+        linear,
+        _output_error(weight, linear, inputs.rows, _seen_in_4_bits(inputs.rows, best[1], unsigned)),
+        _output_error(weight, linear, inputs.rows, _seen_in_8_bits(inputs.rows, best[1])),
+    )
 
 
 def quantize_weight_only(weight: Tensor, inputs: Inputs, recipe: Recipe) -> tuple[ops.AwqWeight, float]:
@@ -162,26 +170,31 @@ def _second_moment_root(rows: Tensor, damping: float) -> Tensor:
     return torch.linalg.cholesky(moment)
 
 
-def _output_error(weight: Tensor, linear: ops.CanonicalLinear, rows: Tensor, unsigned: bool) -> float:
+def _output_error(weight: Tensor, linear: ops.CanonicalLinear, rows: Tensor, seen: Tensor) -> float:
+    """Relative output error on `rows` (S, K), of which the 4-bit weights see `seen` and the branch all."""
     rows = rows.float()
-    residual = ops.dequantize(linear)
-    assert linear.smooth is not None
-    seen = _fake_quantize(rows, linear.smooth.float(), unsigned)
-    output = seen @ residual.T
+    output = seen @ ops.dequantize(linear).T
     if linear.lora_down is not None and linear.lora_up is not None:
         output = output + (rows @ linear.lora_down.float().T) @ linear.lora_up.float().T
     exact = rows @ weight.T
     return _relative(output - exact, exact)
 
 
-def _fake_quantize(rows: Tensor, smooth: Tensor, unsigned: bool) -> Tensor:
-    """What a 4-bit layer sees of `rows`: smoothed, rounded in groups of 64, and scaled back."""
+def _seen_in_4_bits(rows: Tensor, smooth: Tensor, unsigned: bool) -> Tensor:
+    """What a layer with 4-bit activations sees of `rows`: smoothed, rounded in groups of 64, and scaled back."""
     shift = ops.GELU_SHIFT if unsigned else 0.0
     low, high = (0, 15) if unsigned else (-7, 7)
-    groups = ((rows + shift) / smooth).unflatten(-1, (-1, GROUP))
+    groups = ((rows.float() + shift) / smooth).unflatten(-1, (-1, GROUP))
     scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12) / high
     rounded = (groups / scale).round().clamp(low, high) * scale
     return rounded.flatten(-2) - shift / smooth
+
+
+def _seen_in_8_bits(rows: Tensor, smooth: Tensor) -> Tensor:
+    """What a layer with 8-bit activations sees of `rows`: smoothed, rounded to integers a row, and scaled back."""
+    smoothed = rows.float() / smooth
+    scale = smoothed.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    return (smoothed / scale).round() * scale
 
 
 def _relative(difference: Tensor, exact: Tensor) -> float:

@@ -13,14 +13,13 @@ from engine.models import loading
 from engine.models.catalogue import ModelSpec
 from engine.models.families import family
 from engine.models.plan import LinearGroup, get_linear
-from engine.quantize.nvfp4 import E2M1
+from engine.quantize.naive import naive_error
 from engine.quantize.records import LayerRecord
 from engine.request import Request
 
 __all__ = ["measure_layers"]
 
 _ROWS = 512
-_AWQ_GROUP = 64
 Progress = Callable[[str, int, int], None]
 
 
@@ -52,7 +51,7 @@ def measure_layers(
             shape=(sum(get_linear(exact, name).out_features for name in group.names), rows[group].shape[1]),
             error_w4a4=errors["w4a4"][group],
             error_w4a8=errors["w4a8"][group],
-            naive_error=_naive_error(_weight(exact, group, engine.device), rows[group], group.kind, precision),
+            naive_error=naive_error(_weight(exact, group, engine.device), rows[group], group.kind, precision),
             seconds=None,
             names=group.names,
         )
@@ -114,51 +113,6 @@ def _error(exact: nn.Module, group: LinearGroup, layers: Sequence[nn.Module], ro
 
 def _weight(model: nn.Module, group: LinearGroup, device: torch.device) -> Tensor:
     return torch.cat([get_linear(model, name).weight for name in group.names]).to(device, torch.float32)
-
-
-def _naive_error(weight: Tensor, rows: Tensor, kind: str, precision: str) -> float:
-    """Round to nearest and nothing else: the weight, and for a layer with 4-bit activations its input too.
-
-    Inputs are rounded as W4A4 runs them here, to integers in groups of 64 whatever the weight's type is.
-    """
-    rows = rows.float()
-    if kind == "awq":
-        return _relative(rows @ (_affine(weight) - weight).T, rows @ weight.T)
-    rounded = _e2m1(weight) if precision == "nvfp4" else _int4(weight)
-    return _relative(_int4(rows) @ rounded.T - rows @ weight.T, rows @ weight.T)
-
-
-def _int4(values: Tensor) -> Tensor:
-    groups = _grouped(values, 64)
-    scale = _positive(groups.abs().amax(-1, keepdim=True) / 7)
-    return _flat((groups / scale).round() * scale, values)
-
-
-def _e2m1(values: Tensor) -> Tensor:
-    groups = _grouped(values, 16)
-    scale = _positive(groups.abs().amax(-1, keepdim=True) / 6)
-    levels = torch.tensor(E2M1, device=values.device)
-    nearest = (groups.abs() / scale).unsqueeze(-1).sub(levels).abs().argmin(-1)
-    return _flat(levels[nearest] * groups.sign() * scale, values)
-
-
-def _affine(weight: Tensor) -> Tensor:
-    groups = _grouped(weight, _AWQ_GROUP)
-    low = groups.amin(-1, keepdim=True)
-    scale = _positive((groups.amax(-1, keepdim=True) - low) / 15)
-    return _flat(((groups - low) / scale).round() * scale + low, weight)
-
-
-def _grouped(values: Tensor, size: int) -> Tensor:
-    return F.pad(values, (0, -values.shape[1] % size)).unflatten(-1, (-1, size))
-
-
-def _flat(groups: Tensor, like: Tensor) -> Tensor:
-    return groups.flatten(-2)[:, : like.shape[1]]
-
-
-def _positive(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def _relative(difference: Tensor, exact: Tensor) -> float:

@@ -19,10 +19,10 @@ from engine.commands.report import main
 from engine.errors import ArgumentError
 from engine.metrics import psnr
 from engine.models.catalogue import resolve
+from engine.quantize.naive import naive_error
 from engine.quantize.records import FILE_NAME, LayerRecord, read_records, records_path, write_records
 from engine.quantize.report import Report, write_report
 from engine.quantize.report_advice import advise, put_back, role
-from engine.quantize.report_layers import _naive_error
 
 PROMPTS = ["a large red metal sphere left of a small blue cube", "two <b>cones</b> & a cube"]
 
@@ -135,9 +135,9 @@ def test_plain_rounding_loses_nothing_on_its_own_grid(precision: str, step: floa
     weight[:, ::16] = {"int4": 7, "nvfp4": 6}[precision] * step  # every group reaches its largest value
     rows = torch.randint(-7, 8, (16, 128), generator=generator).float()
     rows[:, ::64] = 7
-    assert _naive_error(weight, rows, "svdq", precision) < 1e-6
-    assert _naive_error(weight + 0.1 * step, rows, "svdq", precision) > 0.005
-    assert _naive_error(weight + 0.1 * step, rows * 1.03 + 0.2, "awq", precision) < 0.1
+    assert naive_error(weight, rows, "svdq", precision) < 1e-6
+    assert naive_error(weight + 0.1 * step, rows, "svdq", precision) > 0.005
+    assert naive_error(weight + 0.1 * step, rows * 1.03 + 0.2, "awq", precision) < 0.1
 
 
 def broken(checkpoint: Path, to: Path, layer: str) -> Path:

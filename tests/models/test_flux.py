@@ -15,9 +15,8 @@ from engine.errors import CheckpointError
 from engine.linear import AWQLinear, SVDQuantLinear
 from engine.models import flux
 from engine.models.install import Quantization, load_quantized
-from engine.models.plan import get_linear
-from engine.quantize.layer import Inputs, Recipe
-from engine.quantize.run import _quantize
+from engine.quantize.block import quantize_linears
+from engine.quantize.layer import Recipe
 from tests.models.conftest import flux_inputs, small_flux
 
 RANK = 16
@@ -32,8 +31,7 @@ def quantized_folder(folder: Path, keep: tuple[str, ...] = ()) -> Path:
 
     for group in groups:
         if not is_kept(group, keep):
-            unknown = Inputs.unknown(get_linear(model, group.names[0]).in_features, CPU)
-            _quantize(model, group, unknown, Recipe(rank=RANK, rounds=2, alphas=()), tensors)
+            quantize_linears(model, group, None, Recipe(rank=RANK, rounds=2, alphas=()), tensors)
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     metadata = Quantization("FluxTransformer2DModel", config, "int4", 64, RANK, keep).metadata()
     write_shards(folder, tensors, metadata, max_bytes=300_000)
