@@ -24,9 +24,9 @@ __all__ = ["wire"]
 
 def wire(demo: gr.Blocks, page: Page, studio: Studio) -> None:
     """Connect every component of the page."""
-    painting.wire(page, studio)
+    live = painting.wire(page, studio)
     _wire_loading(demo, page, studio)
-    _wire_settings(page, studio)
+    _wire_settings(page, studio, live)
     _wire_comparison(page, studio)
     _wire_history(page, studio)
     _wire_reuse(page, studio)
@@ -84,11 +84,13 @@ def _ranges(page: Page, studio: Studio, values: Mapping[str, Any]) -> dict:
     return changed
 
 
-def _wire_settings(page: Page, studio: Studio) -> None:
+def _wire_settings(page: Page, studio: Studio, live: Callable[..., Any] | None) -> None:
     spec, parts = studio.choice.spec, page.controls
     for button, example in zip(page.examples, studio.app.examples_for(spec), strict=True):
         chosen = {parts[name]: value for name, value in example.items() if name in parts}
-        button.click(lambda chosen=chosen: _loaded(chosen), outputs=list(chosen), queue=False, **PRIVATE)
+        loaded = button.click(lambda chosen=chosen: _loaded(chosen), outputs=list(chosen), queue=False, **PRIVATE)
+        if live is not None:
+            live(loaded.then)
     page.last_seed.click(
         lambda seed: (seed, False), inputs=[page.last], outputs=[parts["seed"], page.randomise], queue=False, **PRIVATE
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -32,8 +32,11 @@ def session(request: gr.Request) -> str:
     return request.session_hash or "no session"
 
 
-def wire(page: Page, studio: Studio) -> None:
-    """Connect Generate, Ctrl+Enter and Stop."""
+def wire(page: Page, studio: Studio) -> Callable[..., Any] | None:
+    """Connect Generate, Ctrl+Enter and Stop.
+
+    Returns, for an app that paints at every change, what makes a listener paint: `live(button.click)`.
+    """
     painter = Painter(page, studio)
     asked = {*page.controls.values(), page.randomise, page.preview, page.batch}
     started = [page.message, page.generate, page.stop, page.controls["seed"], *painter.columns]
@@ -59,17 +62,19 @@ def wire(page: Page, studio: Studio) -> None:
         **PRIVATE,
     )
     ran.then(painter.rest, outputs=[page.generate, page.stop], queue=False, **PRIVATE)
-    if studio.app.live is not None and page.live is not None:
-        page.controls[studio.app.live].change(  # pyright: ignore[reportAttributeAccessIssue]
-            painter.live,
-            inputs={*asked, page.live, kept.entries, compared.other, compared.amplify},
-            outputs=[*{*started, *shown}],
-            concurrency_id=DEVICE,
-            concurrency_limit=1,
-            trigger_mode="always_last",
-            **PRIVATE,
-        )
     page.stop.click(painter.stop, outputs=[page.stop, page.message], queue=False, **PRIVATE)
+    if studio.app.live is None or page.live is None:
+        return None
+    inputs = {*asked, page.live, kept.entries, compared.other, compared.amplify}
+
+    def live(listen: Callable[..., Any], **how: Any) -> Any:
+        outputs: list[Any] = [*{*started, *shown}]
+        return listen(
+            painter.live, inputs=inputs, outputs=outputs, concurrency_id=DEVICE, concurrency_limit=1, **how, **PRIVATE
+        )
+
+    live(page.controls[studio.app.live].change, trigger_mode="always_last")  # pyright: ignore[reportAttributeAccessIssue]
+    return live
 
 
 class Painter:

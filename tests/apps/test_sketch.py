@@ -132,3 +132,10 @@ def test_each_stroke_paints_and_a_blank_page_says_nothing(browser, served):
         for precision in studio.pool.precisions:
             tab.locator(f"#nb-image-{precision} img").wait_for(timeout=60_000)
         tab.locator("#nb-seen img").wait_for()
+        tab.locator("#nb-generate:not([disabled])").wait_for()
+        first = tab.locator("#nb-image-int4 img").evaluate("image => image.src")
+        tab.locator(".nb-example").first.click()
+        painted = (
+            "before => { const now = document.querySelector('#nb-image-int4 img'); return now && now.src != before }"
+        )
+        tab.wait_for_function(painted, arg=first, timeout=60_000)
