@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.common.app import App
-from apps.common.models import beside, choose
+from apps.common.models import Choice, beside, choose
 from engine import EngineError
 from engine.models.catalogue import ModelSpec
 
@@ -38,6 +39,7 @@ __all__ = [
 ASSETS = Path(__file__).with_name("assets")
 CHECKERS = ("words", "qwen3guard", "shieldgemma", "off")
 ACTIVATIONS = ("auto", "w4a8", "w4a4")
+T5_4BIT = "nunchaku-tech/nunchaku-t5/awq-int4-flux.1-t5xxl.safetensors"
 
 _EXAMPLES = """examples:
   {run}                                        the small model, on this machine, no download
@@ -60,6 +62,10 @@ def parser(app: App) -> argparse.ArgumentParser:
         "--model", default="auto", metavar="M",
         help="auto (a large model where a CUDA device and its weights are here, else tiny), "
         f"{', '.join(app.models)}, a diffusers folder or a hub id (default auto)",
+    )  # fmt: skip
+    models.add_argument(
+        "--qencoder", nargs="?", const=T5_4BIT, metavar="FILE",
+        help="a 4-bit T5 text encoder for cards with little memory: a file or a hub name (default: the published one)",
     )  # fmt: skip
     return this
 
@@ -168,11 +174,16 @@ def rooms_of(app: App, args: argparse.Namespace, shelf: Shelf) -> list[Room]:
     """
     from apps.common.studio import Room
 
-    choice = choose(args.model, app.models, _has_cuda)
-    precisions = precisions_of(choice.spec, args.precisions)
+    found = choose(args.model, app.models, _has_cuda)
+    precisions = precisions_of(found.spec, args.precisions)
     _check_device(args.device)
-    others = [other for other in beside(choice, app.models) if set(precisions) <= set(other.spec.precisions)]
-    return [Room(each, shelf.pool(each.spec, precisions)) for each in (choice, *others)]
+    others = [other for other in beside(found, app.models) if set(precisions) <= set(other.spec.precisions)]
+    choices = [_with_encoder(each, getattr(args, "qencoder", None)) for each in (found, *others)]
+    return [Room(each, shelf.pool(each.spec, precisions)) for each in choices]
+
+
+def _with_encoder(choice: Choice, encoder: str | None) -> Choice:
+    return replace(choice, spec=replace(choice.spec, text_encoder=encoder)) if encoder else choice
 
 
 def precisions_of(spec: ModelSpec, asked: Sequence[str] | None) -> tuple[str, ...]:

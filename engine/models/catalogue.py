@@ -38,6 +38,7 @@ class ModelSpec:
     `source` is a diffusers folder or a hub id; `checkpoints` maps a 4-bit precision to a folder, a `.safetensors`
     file or `owner/repo/file.safetensors` on the hub. `lora` is a LoRA file that turns the source's transformer into
     this model's, in every precision (as FLUX.1-Canny-dev-lora does); empty where the source is the model itself.
+    `text_encoder` is a 4-bit T5 (a file, or `owner/repo/file.safetensors`) to use instead of the source's own.
     `prior` is the pipeline that puts pictures into the transformer's words (FLUX.1 Redux), `runner` the way pictures
     are made where it is not the family's own (engine.models.families). A model that starts from a picture can do
     without a prompt: `prompt_needed`. `size` holds pixels (width and height alike).
@@ -54,6 +55,7 @@ class ModelSpec:
     size: Range = Range(1024, 256, 2048, 16)
     max_sequence_length: int = 512
     lora: str = ""
+    text_encoder: str = ""
     prior: str = ""
     runner: str = ""
     prompt_needed: bool = True

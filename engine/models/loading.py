@@ -71,8 +71,9 @@ def pipeline(spec: ModelSpec, transformer: Any, device: torch.device, share: Any
         scheduler = share.scheduler.from_config(share.scheduler.config)
         pipe = pipeline_class(**{**share.components, "transformer": transformer, "scheduler": scheduler})
     else:
+        own = {"text_encoder_2": _four_bit_t5(spec, transformer, device)} if spec.text_encoder else {}
         with _explained(spec):
-            pipe = pipeline_class.from_pretrained(spec.source, transformer=transformer, dtype=DTYPE)
+            pipe = pipeline_class.from_pretrained(spec.source, transformer=transformer, **own, dtype=DTYPE)
         for part in parts(pipe).values():
             if part is not transformer:
                 part.to(device).eval().requires_grad_(False)
@@ -82,6 +83,22 @@ def pipeline(spec: ModelSpec, transformer: Any, device: torch.device, share: Any
     with _explained(spec):
         runner(spec).settle(pipe, spec, device, share)
     return pipe
+
+
+def _four_bit_t5(spec: ModelSpec, transformer: Any, device: torch.device) -> Any:
+    from engine import ops
+    from engine.checkpoint.hub import resolve
+    from engine.models.t5 import load_t5
+
+    if spec.family != "flux":
+        raise ModelError(f"{spec.title} has no T5 text encoder that {spec.text_encoder} could stand in for")
+    encoder: Any = load_t5(
+        resolve(spec.text_encoder), backend=ops.backends.select(device).name, device=device, dtype=DTYPE
+    )
+    found, wanted = encoder.config.d_model, transformer.config.joint_attention_dim
+    if found != wanted:
+        raise ModelError(f"{spec.text_encoder}: a T5 of width {found}; {spec.title} takes one of width {wanted}")
+    return encoder
 
 
 def parts(pipe: Any) -> dict[str, torch.nn.Module]:
