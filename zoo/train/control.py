@@ -6,6 +6,7 @@
 `--minutes` is the whole run by the wall clock. Several kinds share the rendered pictures and the time. Writes
 OUT/KIND (pytorch_lora_weights.safetensors: `FluxControlPipeline.from_pretrained(base)`, then `load_lora_weights`),
 OUT/samples (contact sheets: map, picture painted, render) and OUT/logs. Works under torchrun too.
+`--resume OUT/KIND`, or for several kinds `--resume OUT`, goes on from finished ones.
 """
 
 from __future__ import annotations
@@ -115,6 +116,9 @@ def shared_arguments(parser: argparse.ArgumentParser, config: Path, base: bool =
     """What every tuning driver takes."""
     if base:
         parser.add_argument("--base", type=Path, required=True, help="the FLUX pipeline folder to tune")
+        parser.add_argument(
+            "--resume", type=Path, help="folder of a LoRA to go on from; it may be that of another base"
+        )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=5.0, help="of the whole run")
     parser.add_argument("--config", type=Path, default=config)
@@ -143,6 +147,9 @@ def tune(run: Run, kind: str, cases: Cases, valid: Cases, deadline: float) -> No
     torch.manual_seed(run.args.seed)
     tuned = adapt.Tuned(run.args.base, config, IN_CHANNELS, adapt.read_start(IN_CHANNELS), world)
     transformer = tuned.parts.transformer
+    if run.args.resume:
+        own = run.args.resume / kind
+        lora.restore(transformer, own if own.is_dir() else run.args.resume)
     about = {"kind": kind, "pipeline": "FluxControlPipeline"}
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     log(kind, layers=len(tuned.names), parameters=trained)

@@ -23,6 +23,7 @@ from zoo.train.graph import autocast, compiled
 from zoo.train.log import Log, Meter
 from zoo.train.models import Parts
 from zoo.train.optim import Clock, Ema, FlatModel
+from zoo.train.places import Places, order_told
 from zoo.train.pool import TOKEN_CLASSES, Pool
 from zoo.train.replay import Tensors
 
@@ -121,8 +122,8 @@ class Batches:
     """Draws training batches of one process from its pool."""
 
     def __init__(self, pool: Pool, size: int, empty: tuple[torch.Tensor, torch.Tensor], world: World, seed: int,
-                 drop: float) -> None:  # fmt: skip
-        self.pool, self.size, self.drop = pool, size, drop
+                 drop: float, pictures: bool = True) -> None:  # fmt: skip
+        self.pool, self.size, self.drop, self.pictures = pool, size, drop, pictures
         self.empty = [ids.to(world.device) for ids in empty]  # ids of the empty prompt: (77,), (L,)
         self.generator = torch.Generator(world.device).manual_seed(seed * 1000 + world.rank)
         # Scenes of two objects come twice as often as they were drawn, of three three times: they are harder.
@@ -134,11 +135,11 @@ class Batches:
         rows = self.rows[torch.randint(len(self.rows), (self.size,), generator=g, device=device)]
         clip_ids, t5_ids = self.pool.captions(rows, g)
         dropped = torch.rand(self.size, 1, generator=g, device=device) < self.drop
-        x0 = self.pool.latents(rows, g)
-        noise = torch.randn(x0.shape, generator=g, device=device)
+        drawn = {"x0": self.pool.latents(rows, g)} if self.pictures else {}
+        if drawn:
+            drawn["noise"] = torch.randn(drawn["x0"].shape, generator=g, device=device)
         return {
-            "x0": x0, "noise": noise, "labels": self.pool.labels[rows],
-            "tokens": self.pool.tokens[rows],
+            **drawn, "labels": self.pool.labels[rows], "tokens": self.pool.tokens[rows],
             "clip": torch.where(dropped, self.empty[0], clip_ids), "t5": torch.where(dropped, self.empty[1], t5_ids),
         }  # fmt: skip
 
@@ -152,6 +153,8 @@ def train(joint: Joint, pool: Pool, valid: Pool, empty: tuple, config: dict, wor
     joint.train()
     if config["tokens_weight"]:
         joint.shown = Shown(joint.transformer.inner_dim).to(world.device)
+    if config["places_weight"]:
+        joint.places = getattr(joint, "places", None) or Places(joint.text.t5.config.d_model).to(world.device)
     model = FlatModel(joint, world, lr=config["lr"], betas=tuple(config["betas"]), weight_decay=config["weight_decay"])
     ema, clock = (
         Ema(model, config["ema_exponent"]),
@@ -164,7 +167,7 @@ def train(joint: Joint, pool: Pool, valid: Pool, empty: tuple, config: dict, wor
 
     def inputs() -> dict[str, torch.Tensor]:
         b = draw()
-        sigmas = flow.sample_sigmas(n, config["mu"], draw.generator)
+        sigmas = flow.sample_sigmas(n, config["mu"], draw.generator, noisy=config["noisy"])
         x, target = flow.interpolate(b["x0"], b["noise"], sigmas)
         left = torch.full((), 1.0 - clock.progress, device=world.device)
         known = {name: b[name] for name in ("clip", "t5", "labels", "tokens")}
@@ -180,20 +183,25 @@ def train(joint: Joint, pool: Pool, valid: Pool, empty: tuple, config: dict, wor
             if config["tokens_weight"]:
                 shown = joint.shown.loss(heard["states"], b["tokens"])
                 aids, terms["shown"] = aids + config["tokens_weight"] * shown, shown.detach()
+            if config["places_weight"]:
+                named, apart = joint.places.loss(states, b["t5"], b["labels"], b["tokens"])
+                aids = aids + config["places_weight"] * (0.25 * named + apart)
+                terms |= {"named": named.detach(), "apart": apart.detach()}
         (loss + b["left"] * aids).backward()
         return terms
 
     def check() -> None:
-        log("flow", valid=validate(joint, valid, config, world))
+        log("flow", valid=validate(joint, valid, config, world), **told(joint, valid, world))
 
     with overheard(joint.transformer) as heard:
         loop(Stage("flow", model, ema, clock, meter, config, world, save), inputs, work,
              blocks(joint.transformer) + layers(joint.text), check)  # fmt: skip
-    if config["tokens_weight"]:
-        del joint.shown
     joint.eval()
     if world.chief:
         check()
+    for aid in ("shown", "places"):
+        if hasattr(joint, aid):
+            delattr(joint, aid)
 
 
 @dataclasses.dataclass
@@ -257,6 +265,18 @@ def meter_for(log: Log, stage: str, joint: Joint, pool: Pool, batch: int, world:
     tokens, length = pool.mean.shape[1], pool.t5.shape[2]
     flops = passes * flow.transformer_flops(dict(joint.transformer.config), tokens, length)
     return Meter(log, stage, batch * world.size, flops, world.device.type, world.size)
+
+
+@torch.no_grad()
+def told(joint: Joint, valid: Pool, world: World) -> dict[str, float]:
+    """How well held-out prompts tell where things are, if the aid that says so is there."""
+    if not hasattr(joint, "places"):
+        return {}
+    rows = torch.arange(len(valid), device=world.device)
+    clip_ids, t5_ids = valid.captions(rows, torch.Generator(world.device).manual_seed(2))
+    with torch.compiler.set_stance("force_eager"), autocast(world):
+        states, _ = joint.text(clip_ids, t5_ids)
+        return {"order": round(order_told(joint.places, states, t5_ids, valid.tokens), 4)}
 
 
 @torch.no_grad()

@@ -179,6 +179,8 @@ def tune(run: Run, cases: Cases, valid: Cases) -> None:
     args, world, log = run.args, run.world, run.log
     torch.manual_seed(args.seed)
     tuned = adapt.Tuned(args.base, run.config, IN_CHANNELS, read_start(), world)
+    if args.resume:
+        lora.restore(tuned.parts.transformer, args.resume)
     log("fill", layers=len(tuned.names), parameters=sum(p.numel() for p in tuned.parameters() if p.requires_grad))
     end = run.deadline(60 * args.minutes - run.config["reserve_seconds"])
 

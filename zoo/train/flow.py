@@ -45,18 +45,23 @@ def shift_sigmas(s: torch.Tensor, mu: float) -> torch.Tensor:
 
 
 def sample_sigmas(
-    n: int, mu: float, generator: torch.Generator, spread: float = 1.0, uniform: float = 0.1
+    n: int, mu: float, generator: torch.Generator, spread: float = 1.0, uniform: float = 0.1, noisy: float = 0.0
 ) -> torch.Tensor:
     """Noise levels to train at, (n,) float32 in (0, 1) on the generator's device.
 
     Logit-normal (Esser et al. 2024, arXiv 2403.03206, section 3.1), then shifted as the sampler shifts its schedule.
-    A part `uniform` of them is uniform before the shift, so that both ends, where a sampler starts and stops, are seen.
+    A part `uniform` of them is uniform before the shift, so that both ends, where a sampler starts and stops, are seen;
+    a part `noisy` is uniform from 0.8 to 1, where a picture's layout is decided.
     """
     device = generator.device
     s = torch.sigmoid(spread * torch.randn(n, generator=generator, device=device))
     flat = torch.rand(n, generator=generator, device=device)
     pick = torch.rand(n, generator=generator, device=device) < uniform
-    return shift_sigmas(torch.where(pick, flat, s), mu).clamp(1e-4, 1.0)
+    s = shift_sigmas(torch.where(pick, flat, s), mu)
+    if noisy:
+        early = torch.rand(n, generator=generator, device=device) < noisy
+        s = torch.where(early, 0.8 + 0.2 * torch.rand(n, generator=generator, device=device), s)
+    return s.clamp(1e-4, 1.0)
 
 
 def interpolate(x0: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Train the small FLUX from nothing: render, autoencoder, flow matching with the text encoders, guidance distillation.
+"""Train the small FLUX from nothing: render, autoencoder, text encoders, flow matching, guidance distillation.
 
     python -m zoo.train.flux_tiny --out runs/a --minutes 15                                    one GPU (or the CPU)
     torchrun --standalone --nproc-per-node 4 -m zoo.train.flux_tiny --out runs/a --minutes 9   four
@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from zoo import scenes
-from zoo.train import captions, denoiser, dist, distill, models, pool, samples, vae, vocab
+from zoo.train import captions, denoiser, dist, distill, models, pool, reading, samples, vae, vocab
 from zoo.train.log import Log, plot, unless_it_fails
 
 CONFIG = Path(__file__).parents[1] / "configs" / "flux_tiny.json"
@@ -39,7 +39,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--vae", type=Path, help="a folder with an autoencoder to take over; the rest starts anew")
     parser.add_argument("--minutes", type=float, default=15.0, help="of the whole run")
-    for stage in ("render", "vae", "flow", "distill"):
+    for stage in ("render", "vae", "read", "flow", "distill"):
         parser.add_argument(f"--minutes-{stage}", type=float, help=f"of the {stage} stage; 0 leaves it out")
     parser.add_argument("--max-steps", type=int, help="of each training stage, for trials")
     parser.add_argument("--seed", type=int, default=0)
@@ -76,7 +76,7 @@ class Run:
     parts: models.Parts
 
     def minutes(self, stage: str) -> float:
-        """Length of the render or vae stage."""
+        """Length of the render, vae or read stage."""
         given = getattr(self.args, f"minutes_{stage}")
         if given is not None:
             return given
@@ -84,13 +84,15 @@ class Run:
         return 0.0 if stage == "vae" and kept else self.config["minutes"][stage]
 
     def split(self) -> dict[str, float]:
-        """Minutes for flow matching and distillation: what is given, else shares of what is left of the whole run."""
+        """Minutes of the training stages: what is given, else shares of what is left of the whole run."""
         end = self.began + 60 * (self.args.minutes - self.config["minutes"]["reserve"])
         left, share = self.world.agree(max(0.0, (end - time.time()) / 60)), self.config["minutes"]["distill_part"]
+        read = min(self.minutes("read"), 0.2 * left)
+        left -= read
         distilled = self.args.minutes_distill
         distilled = left * share if distilled is None else distilled
         flowing = max(0.0, left - distilled) if self.args.minutes_flow is None else self.args.minutes_flow
-        return {"flow": flowing, "distill": distilled}
+        return {"read": read, "flow": flowing, "distill": distilled}
 
     def save(self) -> None:
         models.export(self.parts, self.config["scheduler"], self.tokenizers, self.args.out / "model")
@@ -158,19 +160,19 @@ def _sheets(run: Run, config: dict, base: bool = False) -> None:
 
 
 def train_flow(run: Run, data: pool.Pool, valid: pool.Pool) -> None:
-    """Flow matching, then distillation, each with its sheet."""
+    """The text encoders alone, flow matching, then distillation; the last two with a sheet."""
     world, config, args = run.world, run.config, run.args
     joint = denoiser.Joint(run.parts, config["pool"]["size"] // 8).to(world.device)
     clip, t5 = vocab.encoders(run.tokenizers, config["max_sequence_length"])
     empty = tuple(torch.from_numpy(encoder([""])[0]).long() for encoder in (clip, t5))
-    trainers = {"flow": denoiser.train, "distill": distill.train}
+    trainers = {"read": reading.train, "flow": denoiser.train, "distill": distill.train}
     for stage, minutes in run.split().items():
         if minutes <= 0:
             continue
         run.log(stage, minutes=round(minutes, 2))
         trainers[stage](joint, data, valid, empty, config[stage], world, run.log, time.time() + 60 * minutes, args.seed,
                         run.save, args.max_steps)  # fmt: skip
-        if world.chief:
+        if world.chief and stage != "read":
             run.save()
             if stage == "flow":
                 sheet = dict(config["samples"], count=min(32, config["samples"]["count"]))

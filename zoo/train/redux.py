@@ -333,7 +333,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     control.shared_arguments(parser, CONFIG)
     next(a for a in parser._actions if a.dest == "out").required = False
-    parser.add_argument("--resume", type=Path, help="a finished model folder to go on from")
     parser.add_argument("--link", type=Path, help="only point this folder's text encoders at --base again")
     args = parser.parse_args(argv)
     if not args.link and not args.out:

@@ -298,7 +298,6 @@ def prepare(run: control.Run) -> tuple[adapt.Tuned, Cases, Cases]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     control.shared_arguments(parser, CONFIG)
-    parser.add_argument("--resume", type=Path, help="folder of a sketch LoRA to go on from")
     args = parser.parse_args(argv)
     run = control.start(args)
     try:
