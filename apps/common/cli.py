@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from apps.common.app import App
 from apps.common.models import Choice, beside, choose
 from engine import EngineError
+from engine.models import catalogue
 from engine.models.catalogue import ModelSpec
 
 if TYPE_CHECKING:
@@ -42,25 +43,33 @@ ACTIVATIONS = ("auto", "w4a8", "w4a4")
 T5_4BIT = "nunchaku-tech/nunchaku-t5/awq-int4-flux.1-t5xxl.safetensors"
 
 _EXAMPLES = """examples:
-  {run}                                        the small model, on this machine, no download
-  {run} --model schnell --device cuda          a large model; its weights are fetched once
-  {run} --precisions int4                      one column, half the memory
-  {run} --precisions int4 bf16                 4-bit first
-  {run} --host 0.0.0.0 --port 8080             for others on your network
-  {run} --safety qwen3guard --safety-path DIR  a checker with weights you have in DIR
+  {run}
+      the small model, on this machine, no download; opens at http://127.0.0.1:7860
+  {run} --model {large} --device cuda
+      a large model; its weights are fetched once
+  {run} --precisions int4
+      one column, half the memory
+  {run} --precisions int4 bf16
+      4-bit first
+  {run} --host 0.0.0.0 --port 8080
+      for others on your network
+  {run} --safety qwen3guard --safety-path DIR
+      a checker with weights you have in DIR
 
-In Python or from another program: gradio_client.Client("http://127.0.0.1:7860").predict(
-    prompt="a red cube", seed=7, api_name="/generate")"""
+The page is an API too; "Use by API or MCP" at its foot lists the parameters of /generate, as does this:
+  python -c 'import gradio_client; gradio_client.Client("http://127.0.0.1:7860").view_api()'"""
 
 
 def parser(app: App) -> argparse.ArgumentParser:
     """The parser that every app uses."""
     run = f"python apps/{app.slug}/run.py"
-    this = bare_parser(run, f"Nibble Studio, {app.title}. {app.summary}", _EXAMPLES.replace("{run}", run))
+    large = next((name for name in app.models if not catalogue.resolve(name).local), app.models[-1])
+    examples = _EXAMPLES.replace("{run}", run).replace("{large}", large)
+    this = bare_parser(run, f"Nibble Studio, {app.title}. {app.summary}", examples)
     models = add_groups(this)
     models.add_argument(
         "--model", default="auto", metavar="M",
-        help="auto (a large model where a CUDA device and its weights are here, else tiny), "
+        help=f"auto (a large model where a CUDA device and its weights are here, else {app.models[0]}), "
         f"{', '.join(app.models)}, a diffusers folder or a hub id (default auto)",
     )  # fmt: skip
     models.add_argument(
@@ -81,9 +90,16 @@ def add_groups(this: argparse.ArgumentParser) -> Any:
     """Add the flags that all pages share; returns the group of those that say what paints."""
     models = this.add_argument_group("what paints")
     models.add_argument(
-        "--precisions", nargs="+", metavar="P", help="a column each, painted in this order (default: all the model has)"
+        "--precisions",
+        nargs="+",
+        metavar="P",
+        help="a column each, painted in this order: bf16, int4 (default: all the model has)",
     )
-    models.add_argument("--activation", default="auto", choices=ACTIVATIONS, help="what 4-bit layers see")
+    models.add_argument(
+        "--activation", default="auto", choices=ACTIVATIONS,
+        help="numbers that go into the 4-bit layers: 8 bits (w4a8) or 4 (w4a4); auto, the default, is what this device "
+        "does fastest",
+    )  # fmt: skip
     models.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda[:index] (default auto)")
     _add_serving(this)
     _add_safety(this)

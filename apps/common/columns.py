@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import gradio as gr
 from PIL import Image
@@ -14,9 +15,12 @@ from PIL import Image
 from apps.common import words
 from engine import Result, Step
 
-__all__ = ["Column", "build", "canvas", "figures", "status", "step_status"]
+__all__ = ["HIDDEN", "REFERENCE", "Column", "build", "canvas", "figures", "status", "step_status"]
 
 REFERENCE = "bf16"
+# Not shown, but in the page: what is not in it is loaded first when it is to be shown, and a change that comes
+# meanwhile gets lost.
+HIDDEN: Any = "hidden"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ def build(precision: str) -> Column:
         line = gr.HTML(status(precision, "idle", "Nothing painted yet"), elem_id=f"nb-status-{precision}")
         blank = gr.HTML(canvas(0), elem_id=f"nb-canvas-{precision}")
         image = gr.Image(
-            visible=False,
+            visible=HIDDEN,
             type="filepath",
             format="png",
             show_label=False,
@@ -49,7 +53,7 @@ def build(precision: str) -> Column:
             alt_text=f"The picture painted in {precision.upper()}",
         )
         # Shown beside a picture, in the apps that can start from one.
-        again = gr.Button("Start from this picture", size="sm", visible=False, elem_id=f"nb-reuse-{precision}")
+        again = gr.Button("Start from this picture", size="sm", visible=HIDDEN, elem_id=f"nb-reuse-{precision}")
         cost = gr.HTML(figures(None), elem_id=f"nb-figures-{precision}")
     return Column(precision, line, blank, image, again, cost)
 
@@ -108,7 +112,7 @@ def figures(result: Result | None, results: Mapping[str, Result] | None = None) 
     """What the run cost, beside the 16-bit run where there is one; four empty places before there is a result."""
     if result is None:
         empty = "".join(_figure(name, ("–", "")) for name in ("Time", "A step", "Peak memory", "Model size"))
-        return f'<dl class="nb-figures nb-empty">{empty}</dl>'
+        return f'<dl class="nb-figures nb-empty">{empty}</dl><p class="nb-how">&nbsp;</p>'
     reference = (results or {}).get(REFERENCE)
     reference = None if reference is result else reference
     speed = step = size = peak = ("", "same")

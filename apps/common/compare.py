@@ -1,15 +1,23 @@
-"""How two pictures of the same noise differ: a map to look at and two numbers."""
+"""How two pictures of the same noise differ: a map to look at and two numbers, three where LPIPS is at hand."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from engine.metrics import psnr
+from engine import EngineError
+from engine.metrics import load_lpips, psnr
 
-__all__ = ["Scores", "colour_map", "difference_map", "psnr", "scores", "ssim"]
+__all__ = ["Scores", "colour_map", "difference_map", "perceptual", "psnr", "scores", "ssim"]
+
+log = logging.getLogger("nibble")
 
 # Anchors of a dark-to-light map whose lightness rises evenly, so that twice as bright reads as twice as different.
 _ANCHORS = np.array(
@@ -32,6 +40,27 @@ class Scores:
 def scores(a: Image.Image, b: Image.Image) -> Scores:
     """Compare two pictures of one size; ValueError when the sizes differ."""
     return Scores(psnr(a, b), ssim(a, b))
+
+
+@cache
+def perceptual() -> Callable[[Image.Image, Image.Image], float] | None:
+    """LPIPS on the CPU, 0 for equal pictures; None where its libraries or AlexNet's weights are not on this machine.
+
+    Nothing is fetched: the weights are looked for where torch keeps its downloads.
+    """
+    if find_spec("torchmetrics") is None or find_spec("torchvision") is None:
+        return None
+    import torch
+
+    try:
+        from torchvision.models import AlexNet_Weights  # pyright: ignore[reportMissingImports]
+
+        file = AlexNet_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+        return load_lpips("cpu") if (Path(torch.hub.get_dir()) / "checkpoints" / file).is_file() else None
+    except (EngineError, ImportError, OSError, RuntimeError) as error:
+        # A torchvision made for another torch breaks at its import.
+        log.warning("LPIPS is left out: %s", error)
+        return None
 
 
 def ssim(a: Image.Image, b: Image.Image) -> float:

@@ -9,13 +9,29 @@ from html import escape
 import gradio as gr
 
 from apps.common import compare, words
-from apps.common.columns import REFERENCE
+from apps.common.columns import HIDDEN, REFERENCE
 from apps.common.pictures import Pictures
 from engine import Result
 
-__all__ = ["AMPLIFICATION", "Comparison", "Shot", "build", "drawn", "legend", "pair", "scores", "shown", "verdict"]
+__all__ = [
+    "AMPLIFICATION",
+    "Comparison",
+    "Shot",
+    "build",
+    "drawn",
+    "legend",
+    "pair",
+    "scored",
+    "scores",
+    "shown",
+    "verdict",
+]
 
 AMPLIFICATION = 8
+_LPIPS = (
+    '<div><dt>LPIPS</dt><dd class="nb-number">{:.3f}</dd>'
+    "<dd>As a network trained on what people see judges. 0 means the same.</dd></div>"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,7 @@ class Shot:
 def build(precisions: Sequence[str]) -> Comparison:
     """Lay out the comparison; hidden until two pictures of one request are there."""
     others = [precision for precision in precisions if precision != pair(precisions)[0]] or list(precisions)
-    with gr.Column(visible=False, elem_id="nb-compare", elem_classes=["nb-section"]) as box:
+    with gr.Column(visible=HIDDEN, elem_id="nb-compare", elem_classes=["nb-section"]) as box:
         line = gr.HTML(elem_id="nb-verdict")
         other = gr.Radio(
             [(name.upper(), name) for name in others], value=others[0], label="Compare with", visible=len(others) > 1
@@ -90,8 +106,7 @@ def shown(parts: Comparison, shots: Mapping[str, Shot], other: str, amplify: flo
     """Updates that lay the reference picture and `other` over each other; none while there is only one picture."""
     if len(shots) < 2:
         return {}
-    reference, fallback = pair(list(shots))
-    first, second = shots[reference], shots[other if other in shots and other != reference else fallback]
+    first, second = _shown_pair(shots, other)
     return {
         parts.box: gr.update(visible=True),
         parts.verdict: verdict(first.result, second.result),
@@ -100,6 +115,11 @@ def shown(parts: Comparison, shots: Mapping[str, Shot], other: str, amplify: flo
         parts.map: drawn(first, second, amplify, pictures),
         parts.legend: legend(amplify),
     }
+
+
+def _shown_pair(shots: Mapping[str, Shot], other: str) -> tuple[Shot, Shot]:
+    reference, fallback = pair(list(shots))
+    return shots[reference], shots[other if other in shots and other != reference else fallback]
 
 
 def drawn(first: Shot, second: Shot, amplify: float, pictures: Pictures) -> str:
@@ -114,21 +134,32 @@ def verdict(a: Result, b: Result) -> str:
     return (
         f'<div class="nb-section-head"><h2>{escape(b.precision.upper())} is {speed.replace("same speed", "as fast")}'
         f" and {size.replace('same size', 'as large')}</h2>"
-        f"<p>The same prompt, seed and noise as {escape(a.precision.upper())}: seed {a.seed}, "
-        f"{a.request.steps} steps, {a.request.width} × {a.request.height} pixels.</p></div>"
+        f"<p>The same prompt, seed and noise as {escape(a.precision.upper())}: seed {a.seed}, {a.request.steps} "
+        f"step{'s' * (a.request.steps != 1)}, {a.request.width} × {a.request.height} pixels.</p></div>"
     )
 
 
-def scores(a: Result, b: Result) -> str:
-    """How close the two pictures are: PSNR and SSIM, each with a line on how to read it."""
+def scores(a: Result, b: Result, lpips: float | None = None) -> str:
+    """How close the two pictures are: PSNR, SSIM and LPIPS where it is known, each with a line on how to read it."""
     score = compare.scores(a.image, b.image)
+    third = "" if lpips is None else _LPIPS.format(lpips)
     return (
         '<dl class="nb-scores">'
         f'<div><dt>PSNR</dt><dd class="nb-number">{words.decibels(score.psnr)}</dd>'
         "<dd>Pixel by pixel. Above 30 the eye hardly tells them apart.</dd></div>"
         f'<div><dt>SSIM</dt><dd class="nb-number">{score.ssim:.3f}</dd>'
-        "<dd>Edges and structure. 1 means the same.</dd></div></dl>"
+        f"<dd>Edges and structure. 1 means the same.</dd></div>{third}</dl>"
     )
+
+
+def scored(parts: Comparison, shots: Mapping[str, Shot], other: str) -> dict:
+    """The scores once more, with LPIPS; nothing where it is not at hand. It is taken last: the first time it loads."""
+    distance = compare.perceptual() if len(shots) > 1 else None
+    if distance is None:
+        return {}
+    first, second = _shown_pair(shots, other)
+    lpips = distance(first.result.image, second.result.image)
+    return {parts.scores: scores(first.result, second.result, lpips)}
 
 
 def legend(amplify: float) -> str:

@@ -25,6 +25,7 @@ __all__ = [
     "decimal",
     "fitting_size",
     "guidance",
+    "marker",
     "model",
     "number",
     "picture",
@@ -45,6 +46,9 @@ ASPECTS: dict[str, tuple[int, int]] = {
     "16:9": (16, 9),
     "9:16": (9, 16),
 }
+
+# Colour and strength of the strokes that mark a part of a picture.
+MARKER = ("#ff2d78", 0.7)
 
 
 def _always(spec: ModelSpec) -> bool:
@@ -121,7 +125,7 @@ def picture(name: str, label: str, describe: str, place: str = "picture") -> Con
             type="filepath",
             image_mode=None,
             sources=["upload", "clipboard"],
-            height=260 if place == "picture" else 180,
+            height=300 if place == "picture" else 180,
             elem_id=f"nb-{name}",
         )
 
@@ -134,19 +138,31 @@ def canvas(name: str, label: str, describe: str) -> Control:
     def build(spec: ModelSpec) -> Component:
         import gradio as gr
 
+        side = int(spec.size.default)
         return gr.ImageEditor(
             label=label,
             type="filepath",
             format="png",
             sources=["upload", "clipboard"],
-            brush=gr.Brush(default_size=28, colors=["#ffffff"], color_mode="fixed"),
+            # Strokes stand out on any picture and let it be seen; a pixel counts from half of their strength on.
+            brush=marker(side),
+            # As large as the pictures of the examples: the editor drops given layers when a picture resizes it.
+            canvas_size=(256, 256),
             layers=False,
             transforms=(),
-            height=360,
+            placeholder="Upload, drop or paste a picture here,\nthen paint over what shall change",
+            height=370,
             elem_id=f"nb-{name}",
         )
 
     return Control(name, dict | None, describe, build, lambda spec: None, place="picture")
+
+
+def marker(side: int) -> Any:
+    """The brush that marks a part of a picture whose shorter side is so many pixels long."""
+    import gradio as gr
+
+    return gr.Brush(default_size=max(4, side // 14), colors=[MARKER], color_mode="fixed")
 
 
 def sketchpad(name: str, label: str, describe: str) -> Control:
@@ -170,7 +186,7 @@ def sketchpad(name: str, label: str, describe: str) -> Control:
             fixed_canvas=True,
             layers=False,
             transforms=(),
-            height=340,
+            height=370,
             elem_id=f"nb-{name}",
             elem_classes=["nb-draw-first"],
         )

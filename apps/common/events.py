@@ -10,6 +10,7 @@ import gradio as gr
 from PIL import Image
 
 from apps.common import comparison, controls, history, painting, panels, pictures, recalling
+from apps.common.columns import HIDDEN
 from apps.common.comparison import Shot
 from apps.common.painting import PRIVATE
 from apps.common.studio import Studio
@@ -110,9 +111,9 @@ def _wire_settings(page: Page, studio: Studio, live: Callable[..., Any] | None) 
             fixed = isinstance(part, gr.ImageEditor) and part.fixed_canvas
             if control.place == "picture" and isinstance(part, gr.Image | gr.ImageEditor) and not fixed:
                 part.upload(
-                    lambda path: _shape(studio, path),
+                    lambda given: _shape(studio, given),
                     inputs=[part],
-                    outputs=[*sides, page.aspect],
+                    outputs=[*sides, page.aspect, part],
                     queue=False,
                     **PRIVATE,
                 )
@@ -142,13 +143,17 @@ def _loaded(value: Any) -> Any:
         return picture.copy()
 
 
-def _shape(studio: Studio, path: Any) -> tuple[Any, Any, Any]:
-    """Width and height of the shape of an uploaded picture; nothing changes for one that cannot be opened."""
+def _shape(studio: Studio, given: Any) -> tuple[Any, Any, Any, Any]:
+    """Width and height of the shape of an uploaded picture, no aspect, and on a canvas a brush to its measure.
+
+    Nothing changes for one that cannot be opened.
+    """
     try:
-        picture = open_picture(path, "picture")
+        picture = open_picture(given, "picture")
     except RequestError:
-        return gr.skip(), gr.skip(), gr.skip()
-    return *controls.fitting_size(studio.choice.spec, *picture.size), None
+        return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+    brush = gr.update(brush=controls.marker(min(picture.size))) if isinstance(given, Mapping) else gr.skip()
+    return *controls.fitting_size(studio.choice.spec, *picture.size), None, brush
 
 
 def _filled(page: Page, studio: Studio, values: dict[str, Any]) -> dict:
@@ -168,12 +173,13 @@ def _wire_comparison(page: Page, studio: Studio) -> None:
     parts = page.comparison
 
     def redraw(shots: dict[str, Shot], other: str, amplify: float) -> dict:
-        return comparison.shown(parts, shots, other, amplify, studio.pictures)
+        drawn = comparison.shown(parts, shots, other, amplify, studio.pictures)
+        return drawn | comparison.scored(parts, shots, other)
 
     def remap(shots: dict[str, Shot], other: str, amplify: float) -> tuple[Any, str]:
         if len(shots) < 2:
             return gr.skip(), comparison.legend(amplify)
-        drawn = redraw(shots, other, amplify)
+        drawn = comparison.shown(parts, shots, other, amplify, studio.pictures)
         return drawn[parts.map], drawn[parts.legend]
 
     state: Any = [parts.shots, parts.other, parts.amplify]
@@ -194,7 +200,7 @@ def _wire_history(page: Page, studio: Studio) -> None:
         return _filled(page, studio, dict(entries[index].values)) | {page.message: ""}
 
     def clear() -> tuple[Any, ...]:
-        return [], [], None, gr.update(interactive=False), gr.update(visible=False)
+        return [], [], None, gr.update(interactive=False), gr.update(visible=HIDDEN)
 
     kept.gallery.select(select, outputs=[kept.selected, kept.reuse], queue=False, **PRIVATE)
     state: Any = [kept.entries, kept.selected]

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from apps.common.columns import HIDDEN
 from engine import Result
 
 __all__ = ["LIMIT", "Entry", "History", "add", "build", "items"]
@@ -38,7 +39,7 @@ class History:
 
 def build() -> History:
     """Lay out the history; hidden until there is a picture."""
-    with gr.Column(visible=False, elem_id="nb-history", elem_classes=["nb-section"]) as box:
+    with gr.Column(visible=HIDDEN, elem_id="nb-history", elem_classes=["nb-section"]) as box:
         gr.HTML(
             '<div class="nb-section-head"><h2>This session</h2>'
             f"<p>The last {LIMIT} pictures. Each PNG carries its settings; “Recall from PNG” reads them back.</p></div>"

@@ -26,6 +26,7 @@ def build(studios: Sequence[Studio]) -> gr.Blocks:
         gr.Navbar(visible=False)
         with gr.Column(elem_id="nb-page"):
             gr.HTML(gallery(apps))
+            gr.HTML(panels.house_footer())
     for studio in studios:
         with demo.route(studio.app.title, f"/{studio.app.slug}", show_in_navbar=False):
             gr.Navbar(visible=False)

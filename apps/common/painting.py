@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from PIL.Image import Image
 
 from apps.common import columns, comparison, history, panels
+from apps.common.columns import HIDDEN
 from apps.common.comparison import Shot
-from apps.common.runner import Began, Event, Failed, Finished, Job, Loads, Stepped, Stopped, Unloaded, events
+from apps.common.runner import Began, Desk, Event, Failed, Finished, Job, Loads, Stepped, Stopped, Unloaded, events
 from apps.common.studio import Studio
 from engine import RequestError
 from engine.request import MAX_SEED
@@ -65,10 +69,10 @@ def wire(page: Page, studio: Studio) -> Callable[..., Any] | None:
     page.stop.click(painter.stop, outputs=[page.stop, page.message], queue=False, **PRIVATE)
     if studio.app.live is None or page.live is None:
         return None
-    inputs = {*asked, page.live, kept.entries, compared.other, compared.amplify}
+    inputs = {*asked, page.live, page.drawn, kept.entries, compared.other, compared.amplify}
 
     def live(listen: Callable[..., Any], **how: Any) -> Any:
-        outputs: list[Any] = [*{*started, *shown}]
+        outputs: list[Any] = [*{*started, *shown, page.drawn}]
         return listen(
             painter.live, inputs=inputs, outputs=outputs, concurrency_id=DEVICE, concurrency_limit=1, **how, **PRIVATE
         )
@@ -92,7 +96,7 @@ class Painter:
     def start(self, data: dict, request: gr.Request) -> dict:
         """Check the values and file the job; nothing runs yet, so a mistake is told at once."""
         page = self.page
-        values = {name: data[component] for name, component in page.controls.items()}
+        values = self._values(data)
         if data[page.randomise]:
             values["seed"] = random.randrange(DRAWN_SEEDS)
         try:
@@ -110,18 +114,19 @@ class Painter:
             page.stop: gr.update(interactive=True),
         }
         if page.seen is not None and self.studio.app.seen is not None:
-            updates[page.seen] = gr.update(value=job.request.inputs[self.studio.app.seen[0]], visible=True)
-        return updates | self._waiting(job)
+            updates[page.seen] = job.request.inputs[self.studio.app.seen[0]]
+        return updates | self._waiting(job, Desk.others(job))
 
-    def _waiting(self, job: Job) -> dict:
-        """Columns before their turn."""
+    def _waiting(self, job: Job, others: int = 0) -> dict:
+        """Columns before their turn, behind so many runs of others."""
+        behind = f" behind {others} other{'s' * (others > 1)}" if others else ""
         updates: dict = {}
         shape = job.request.width or 1, job.request.height or 1
         for precision, column in self.page.columns.items():
-            updates[column.status] = columns.status(precision, "idle", "Waiting for its turn")
+            updates[column.status] = columns.status(precision, "idle", f"Waiting for its turn{behind}")
             updates[column.canvas] = gr.update(value=columns.canvas(0, *shape), visible=True)
-            updates[column.image] = gr.update(value=None, visible=False)
-            updates[column.reuse] = gr.update(visible=False)
+            updates[column.image] = gr.update(value=None, visible=HIDDEN)
+            updates[column.reuse] = gr.update(visible=HIDDEN)
             updates[column.figures] = columns.figures(None)
         return updates
 
@@ -130,16 +135,45 @@ class Painter:
         if self.page.live is None or not data[self.page.live]:
             yield {self.page.message: gr.skip()}
             return
-        updates = self.start({**data, self.page.randomise: False}, request)
+        data = {**data, self.page.randomise: False}
+        asked = self._asked(data)
+        if asked is not None and asked == data[self.page.drawn]:
+            # The canvas tells of one change several times.
+            yield {self.page.message: gr.skip()}
+            return
+        updates = self.start(data, request) if asked else {}
         if self.page.generate not in updates:
             yield {self.page.message: ""}
             return
-        yield updates
-        yield from self.run(data, request)
-        yield self.rest()
+        yield updates | {self.page.drawn: asked}
+        shown: dict = {}
+        yield from _kept(self._run(data, request), shown)
+        yield shown | self.rest()
+
+    def _asked(self, data: dict) -> str | None:
+        """A mark of all that the controls ask for; None where they ask for nothing that can be painted."""
+        try:
+            asked = self.studio.request(self._values(data))
+        except RequestError:
+            return None
+        given = {name: _bytes(value) for name, value in asked.inputs.items()}
+        return hashlib.sha256(repr((replace(asked, inputs={}), sorted(given.items()))).encode()).hexdigest()
+
+    def _values(self, data: dict) -> dict[str, Any]:
+        return {name: data[component] for name, component in self.page.controls.items()}
 
     def run(self, data: dict, request: gr.Request) -> Iterator[dict]:
-        """Run the session's job and yield what changes on the page, each column as soon as it has something."""
+        """Run the session's job and yield what changes on the page, each column as soon as it has something.
+
+        The end repeats the updates. Gradio sends each message as its difference to the one before, and the page applies
+        that to the very message, which it may not have shown yet: of two updates in a row the first can get lost.
+        """
+        shown: dict = {}
+        yield from _kept(self._run(data, request), shown)
+        if any(len(change) > 1 for change in shown.values()):
+            yield shown
+
+    def _run(self, data: dict, request: gr.Request) -> Iterator[dict]:
         job = self.studio.desk.claim(session(request))
         if job is None:
             # A generator that ends without a word would blank every part of the page.
@@ -167,7 +201,7 @@ class Painter:
 
     def _one(self, job: Job, entries: list[history.Entry], data: dict) -> Generator[dict, None, list[history.Entry]]:
         """The same noise in each precision. Returns the history with what was painted."""
-        yield {self.page.comparison.box: gr.update(visible=False), self.page.comparison.shots: {}}
+        yield {self.page.comparison.box: gr.update(visible=HIDDEN), self.page.comparison.shots: {}}
         shots: dict[str, Shot] = {}
         for event in events(job.pool or self.studio.pool, job):
             if isinstance(event, Finished):
@@ -177,6 +211,9 @@ class Painter:
                 yield self._finished(shots, entries, job, data)
             else:
                 yield self._progress(event, job)
+        more = comparison.scored(self.page.comparison, shots, data[self.page.comparison.other])
+        if more:
+            yield more
         return entries
 
     def rest(self) -> dict:
@@ -211,9 +248,9 @@ class Painter:
         newest = list(shots)[-1]
         updates: dict = {
             page.columns[newest].status: columns.status(newest, "done", f"Done, seed {job.request.seed}"),
-            page.columns[newest].canvas: gr.update(visible=False),
+            page.columns[newest].canvas: gr.update(visible=HIDDEN),
             page.columns[newest].image: gr.update(value=shots[newest].path, visible=True),
-            page.columns[newest].reuse: gr.update(visible=self.studio.app.reuse is not None),
+            page.columns[newest].reuse: gr.update(visible=True if self.studio.app.reuse else HIDDEN),
             page.comparison.shots: dict(shots),
             page.history.box: gr.update(visible=True),
             page.history.gallery: gr.update(value=history.items(entries), selected_index=None),
@@ -242,6 +279,25 @@ def _head(event: Event) -> str:
     if isinstance(event, Failed):
         return columns.status(event.precision, "failed", event.text)
     raise TypeError(f"no words for {type(event).__name__}")
+
+
+def _kept(messages: Iterable[dict], shown: dict) -> Iterator[dict]:
+    """Pass messages to the page on, and leave in `shown` what their updates come to; plain values do not get lost."""
+    for message in messages:
+        for part, change in message.items():
+            if _is_update(change):
+                shown[part] = shown.get(part, gr.update()) | change
+            elif part in shown:
+                shown[part].pop("value", None)
+        yield message
+
+
+def _is_update(change: Any) -> bool:
+    return isinstance(change, dict) and change.get("__type__") == "update"
+
+
+def _bytes(value: Any) -> Any:
+    return value.tobytes() if isinstance(value, Image) else value
 
 
 def _seeds(first: int, count: float) -> tuple[int, ...]:

@@ -13,7 +13,19 @@ from apps.common.pool import Pool
 from engine.models import catalogue
 from safety import Verdict
 
-__all__ = ["banner", "explanation", "footer", "header", "light_switch", "message", "refusal", "rooms", "sign"]
+__all__ = [
+    "banner",
+    "explanation",
+    "footer",
+    "header",
+    "house_footer",
+    "light_switch",
+    "message",
+    "refusal",
+    "rooms",
+    "seen",
+    "sign",
+]
 
 ASSETS = Path(__file__).with_name("assets")
 
@@ -128,6 +140,14 @@ def _short(name: str) -> str:
     return next((alias for alias, full in catalogue.ALIASES.items() if full == name), name)
 
 
+def seen(words: str) -> str:
+    """The words beside what the model really saw."""
+    return (
+        f'<div class="nb-title"><h3>{escape(words)}</h3>'
+        "<small>Made from what you gave, the same for every column.</small></div>"
+    )
+
+
 def message(text: str, tone: str = "problem") -> str:
     """A line under the prompt: `tone` is "problem" or "note"; no markup at all for an empty text."""
     return f'<p class="nb-message nb-{tone}" role="alert">{escape(text)}</p>' if text else ""
@@ -155,9 +175,17 @@ def explanation(app: App) -> str:
 def footer(choice: Choice) -> str:
     """Licence of the model in use, and the programming interface: its page here, and its OpenAPI description."""
     spec = choice.spec
+    return _foot(f"Model in use: {escape(spec.title)}, {escape(spec.licence or 'see its model card')}. ")
+
+
+def house_footer() -> str:
+    """The same for the page that leads to all apps."""
+    return _foot("Each app loads its model when its page is opened first. ")
+
+
+def _foot(words: str) -> str:
     return (
-        f'<footer class="nb-footer"><p>{sign(0b1111, 16)} Nibble Studio, Apache-2.0. '
-        f"Model in use: {escape(spec.title)}, {escape(spec.licence or 'see its model card')}. "
+        f'<footer class="nb-footer"><p>{sign(0b1111, 16)} Nibble Studio, Apache-2.0. {words}'
         "Pictures are made by a machine; say so where you share them.</p>"
         '<nav><button type="button" id="nb-api">Use by API or MCP</button>'
         '<a href="gradio_api/openapi.json" target="_blank" rel="noopener">OpenAPI</a></nav></footer>'

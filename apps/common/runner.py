@@ -10,7 +10,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakSet
 
 from apps.common.pool import LoadFailed, Pool
 from apps.common.trouble import sentence
@@ -195,9 +196,17 @@ def _reporter(precision: str, feed: _Feed, preview: bool) -> Callable[[Step], No
 class Desk:
     """At most one job a browser session: opened by the click, claimed by the run, stopped by the Stop button."""
 
+    _all: ClassVar[WeakSet[Desk]] = WeakSet()
+
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
+        Desk._all.add(self)
+
+    @classmethod
+    def others(cls, job: Job) -> int:
+        """How many jobs beside this one the pages of this process have been given and not finished."""
+        return sum(other is not job for desk in list(cls._all) for other in list(desk._jobs.values()))
 
     def open(self, session: str, job: Job) -> bool:
         """File a job; False when that session already has one."""

@@ -40,6 +40,7 @@ class Page:
     comparison: Comparison
     history: History
     last: gr.State
+    drawn: gr.State
     aspect: gr.Radio | None = None
     live: gr.Checkbox | None = None
     seen: gr.Image | None = None
@@ -72,12 +73,14 @@ def layout(studio: Studio, house: Sequence[App] = ()) -> Page:
     with gr.Column(elem_id="nb-page"):
         gr.HTML(panels.header(studio.app, house), elem_id="nb-header")
         banner = gr.HTML(panels.banner(studio.choice, studio.pool, studio.app), elem_id="nb-banner")
-        with gr.Row(elem_id="nb-work"):
+        with gr.Row(elem_id="nb-work", elem_classes=_kinds(studio.app)):
             with gr.Column(elem_id="nb-desk", elem_classes=["nb-card"], min_width=300):
                 _place(studio, "model", controls)
                 _place(studio, "picture", controls)
                 _more(studio, controls)
                 _place(studio, "prompt", controls)
+                # Where a picture comes first, the page does not open at the words below it.
+                controls["prompt"].autofocus = not _is_pictured(studio.app)  # pyright: ignore[reportAttributeAccessIssue]
                 _place(studio, "under", controls)
                 live = _live(studio)
                 with gr.Row(elem_classes=["nb-go"]):
@@ -96,17 +99,27 @@ def layout(studio: Studio, house: Sequence[App] = ()) -> Page:
                         "Recall from PNG", size="sm", file_types=[".png"], elem_id="nb-recall", min_width=120
                     )
                 aspect, preview, batch = _options(studio, controls)
+            with gr.Column(elem_id="nb-results", min_width=300):
+                with gr.Row(elem_id="nb-columns", elem_classes=["nb-pair"]):
+                    painted = {precision: columns.build(precision) for precision in studio.pool.precisions}
                 seen = _seen(studio)
-            with gr.Row(elem_id="nb-columns", elem_classes=["nb-pair"]):
-                painted = {precision: columns.build(precision) for precision in studio.pool.precisions}
         compared = comparison.build(studio.pool.precisions)
         kept = history.build()
         gr.HTML(panels.explanation(studio.app))
         footer = gr.HTML(panels.footer(studio.choice))
     return Page(
         banner, footer, generate, stop, message, randomise, preview, batch, last_seed, recall, painted, compared, kept,
-        gr.State(None), aspect, live, seen, examples, controls,
+        gr.State(None), gr.State(None), aspect, live, seen, examples, controls,
     )  # fmt: skip
+
+
+def _kinds(app: App) -> list[str]:
+    """What the sheet has to know of an app: whether it starts from a picture, and whether it paints at each change."""
+    return ["nb-pictured"] * _is_pictured(app) + ["nb-at-once"] * (app.live is not None)
+
+
+def _is_pictured(app: App) -> bool:
+    return any(control.place == "picture" for control in app.controls)
 
 
 def _place(studio: Studio, place: str, controls: dict[str, gr.components.Component]) -> list[Control]:
@@ -132,10 +145,16 @@ def _live(studio: Studio) -> gr.Checkbox | None:
 
 
 def _seen(studio: Studio) -> gr.Image | None:
-    """Where the page shows what the model really sees; hidden until there is something."""
+    """Where the page shows what the model really sees, below the results; hidden until there is a picture."""
     if studio.app.seen is None:
         return None
-    return gr.Image(label=studio.app.seen[1], visible=False, interactive=False, buttons=["download"], elem_id="nb-seen")
+    name, words = studio.app.seen
+    with gr.Row(elem_id="nb-seen-card", elem_classes=["nb-card"]):
+        gr.HTML(panels.seen(words), elem_id="nb-seen-words")
+        return gr.Image(
+            label=words, show_label=False, interactive=False, buttons=["download", "fullscreen"],
+            elem_id="nb-seen", elem_classes=["nb-picture"], alt_text=f"{words} ({name})",
+        )  # fmt: skip
 
 
 def _options(

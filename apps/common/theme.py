@@ -48,7 +48,7 @@ _SURFACES = {
     "block_title_text_weight": "700",
     "block_info_text_color": "*neutral_500",
     "block_info_text_color_dark": "*neutral_400",
-    "block_info_text_size": "*text_xs",
+    "block_info_text_size": "13px",
     "link_text_color": "*primary_700",
     "link_text_color_dark": "*primary_300",
     "layout_gap": "*spacing_xl",

@@ -22,7 +22,7 @@ PAG_HELP = "Perturbed-attention guidance: sharper shapes for half as much time a
 
 def prepare(values: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     """The strength of perturbed-attention guidance."""
-    return {"pag_scale": controls.check_number("pag", values["pag"], (0.0, 5.0))}
+    return {"pag_scale": controls.check_number("pag", values["pag"], (0.0, 10.0))}
 
 
 APP = App(
@@ -36,7 +36,7 @@ APP = App(
         controls.seed(),
         controls.steps(),
         controls.guidance(),
-        controls.decimal("pag", "PAG scale", (0.0, 5.0, 0.0), PAG_HELP),
+        controls.decimal("pag", "PAG scale", (0.0, 10.0, 0.0), PAG_HELP),
         controls.style(),
         *loras.choose(),
         *controls.size(),

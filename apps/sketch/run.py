@@ -56,7 +56,7 @@ APP = App(
         controls.sketchpad("canvas", "Draw here", "A mapping: background (a drawing or a photo), layers with strokes."),
         controls.decimal(
             "sketch_guidance", "Sketch guidance", (0.0, 1.0, usual_guidance),
-            "How closely to follow the drawing; 0 ignores it", step=0.01, place="under",
+            "How closely to follow; 0 ignores the drawing", step=0.01, place="under",
         ),
         controls.seed(),
         controls.choice("reading", "An uploaded picture", READINGS, "How lines are made of it"),

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from gradio_client import Client
 
-from apps.common import App, cli, runner, screenshots
+from apps import run
+from apps.common import App, cli, house, runner, screenshots
 from apps.common.studio import Studio
 from apps.flux_t2i.run import APP
 from tests.apps.fake import FakeEngine, loader
@@ -71,8 +72,11 @@ def really_served(app: App, *flags: str) -> Iterator[tuple[Client, Studio]]:
 
 
 @contextmanager
-def visit(browser, url: str, view: str = "light") -> Iterator:
-    """A visitor's tab; leaves only when the console is free of errors and nothing was asked of another host."""
+def visit(browser, url: str, view: str = "light", slug: str = "") -> Iterator:
+    """A visitor's tab; leaves only when the console is free of errors and nothing was asked of another host.
+
+    `slug` is the page of an app, where `url` is a house.
+    """
     context = browser.new_context(**screenshots.VIEWS[view], accept_downloads=True)
     tab = context.new_page()
     wrong: list[str] = []
@@ -81,8 +85,8 @@ def visit(browser, url: str, view: str = "light") -> Iterator:
     tab.on("response", lambda answer: answer.status >= 400 and wrong.append(f"{answer.status} {answer.url}"))
     tab.on("request", lambda asked: (asked.url.startswith(("http", "ws")) and asked.url.startswith(url)) or
            asked.url.startswith(("data:", "blob:")) or wrong.append(f"asked {asked.url}"))  # fmt: skip
-    tab.goto(url)
-    tab.locator("#nb-banner .nb-load-ready").wait_for()
+    tab.goto(url + slug)
+    tab.locator("#nb-banner .nb-load-ready").wait_for(timeout=120_000)
     yield tab
     context.close()
     assert wrong == []
@@ -132,6 +136,17 @@ def page() -> Iterator[Served]:
     """One page for all tests that only look at it or call it."""
     with serving() as served:
         yield served
+
+
+@pytest.fixture(scope="session")
+def small_house() -> Iterator[tuple[Client, dict[str, Studio]]]:
+    """All six apps with their true small models on the CPU: a client, and the studios by slug."""
+    studios = run.open_studios(run.parser().parse_args(["--small", "--device", "cpu"]))
+    demo = cli.serve(house.build(studios), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    yield Client(demo.local_url, verbose=False), {studio.app.slug: studio for studio in studios}
+    demo.close()
+    for one in studios:
+        one.pictures.close()
 
 
 @pytest.fixture

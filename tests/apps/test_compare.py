@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+from types import SimpleNamespace
+from typing import Any, cast
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -95,3 +99,40 @@ def test_sizes_in_words():
     assert words.smaller(2, 8) == ("4.0× larger", "worse")
     assert words.seconds_text(0.25) == ("250", "ms")
     assert words.seconds_text(12.345) == ("12.3", "s")
+
+
+def result(picture: Image.Image, precision: str) -> Any:
+    return SimpleNamespace(image=picture, precision=precision)
+
+
+@pytest.fixture
+def forgotten():
+    compare.perceptual.cache_clear()
+    yield
+    compare.perceptual.cache_clear()
+
+
+def test_lpips_is_not_shown_where_it_is_not_at_hand_and_nothing_is_fetched(monkeypatch, tmp_path, forgotten):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("something was fetched"))
+    assert compare.perceptual() is None
+    shots: Any = {p: comparison.Shot("", result(noise(1), p)) for p in ("bf16", "int4")}
+    assert comparison.scored(cast(Any, None), shots, "int4") == {}
+    assert list(tmp_path.rglob("*.pth")) == []
+
+
+def test_lpips_stands_beside_the_others_where_it_is_at_hand(monkeypatch):
+    asked = []
+
+    def distance(first: Image.Image, second: Image.Image) -> float:
+        asked.append((first, second))
+        return 0.1234
+
+    monkeypatch.setattr(compare, "perceptual", lambda: distance)
+    shots: Any = {p: comparison.Shot("", result(noise(n), p)) for n, p in enumerate(("int4", "bf16"))}
+    parts: Any = SimpleNamespace(scores="here")
+    shown = comparison.scored(parts, shots, "int4")["here"]
+    assert "LPIPS" in shown
+    assert "0.123" in shown
+    assert asked == [(shots["bf16"].result.image, shots["int4"].result.image)]
+    assert comparison.scored(parts, {"bf16": shots["bf16"]}, "int4") == {}

@@ -7,6 +7,7 @@ import pytest
 from gradio_client import handle_file
 from PIL import Image, ImageOps
 
+from apps.common import screenshots
 from apps.fill import SIDES, TASKS, masks
 from apps.fill.run import APP, HERE
 from engine import RequestError
@@ -132,15 +133,8 @@ def test_a_visitor_fills_an_example_and_an_upload_without_strokes_is_told(browse
         tab.locator("#nb-canvas canvas").first.wait_for()
         tab.locator("#nb-generate:not([disabled])").click()
         tab.locator("#nb-message", has_text="nothing is marked").wait_for()
-        tab.locator(".nb-example").first.click()
-        tab.locator("#nb-prompt textarea").filter(visible=True).wait_for()
-        tab.wait_for_function("document.querySelector('#nb-prompt textarea').value.includes('green sphere')")
-        # The editor uploads its layers after it has drawn them; until then nothing counts as marked.
-        for _ in range(20):
-            tab.locator("#nb-generate:not([disabled])").click()
-            tab.wait_for_timeout(500)
-            if "nothing is marked" not in tab.locator("#nb-message").inner_text():
-                break
+        screenshots.choose_example(tab, APP)
+        tab.locator("#nb-generate:not([disabled])").click()
         tab.locator("#nb-seen img").wait_for()
         for precision in studio.pool.precisions:
             tab.locator(f"#nb-image-{precision} img").wait_for(timeout=120_000)

@@ -220,12 +220,19 @@ def driven(make_studio):
 def test_pictures_appear_one_after_the_other_and_then_the_comparison(driven):
     driven.start(prompt="a red cube", seed=7)
     page, pictures, compared = driven.page, [], []
-    for update in driven.run():
+    *updates, last = driven.run()
+    for update in updates:
         pictures += [p for p, column in page.columns.items() if update.get(column.image)]
         if page.comparison.slider in update:
             compared.append(list(pictures))
     assert pictures == ["bf16", "int4"]
     assert compared == [["bf16", "int4"]]
+    for precision, column in page.columns.items():
+        assert last[column.image]["visible"] is True, "the page may have lost it, so it comes again"
+        assert last[column.image]["value"].endswith(f"-{precision}.png")
+        assert last[column.canvas]["visible"] == "hidden"
+        assert column.status not in last
+    assert last[page.comparison.box]["visible"] is True
     assert not driven.studio.desk.stop("a session")
 
 
@@ -311,6 +318,19 @@ def test_a_second_click_while_one_runs_starts_nothing(driven):
     assert set(again) == {driven.page.message}
     list(driven.run())
     assert driven.studio.pool.engines()[0].runs[-1].prompt == "a red cube"
+
+
+def test_who_waits_is_told_behind_how_many(make_studio):
+    first, second = (Driven(make_studio().studio) for _ in range(2))
+    column = second.page.columns["bf16"]
+    before = Desk.others(Job(Request("x"), (), {}))
+    first.start(prompt="a red cube", seed=7)
+    update = second.start(prompt="a red cube", seed=7)
+    others = before + 1
+    assert f"behind {others} other{'s' * (others > 1)}" in update[column.status]
+    for driven in (first, second):
+        driven.studio.desk.close("a session")
+    assert Desk.others(Job(Request("x"), (), {})) == before
 
 
 def test_stop_with_nothing_running_says_so(driven):

@@ -15,7 +15,30 @@
   document.addEventListener("click", (event) => {
     if (event.target.closest("#nb-api")) openInterface();
     if (event.target.closest("#nb-light")) switchLight();
+    if (event.target.closest("#nb-generate")) press();
   });
+
+  // On a narrow page the results lie below the desk: a press of Generate that was taken leads to them.
+  let pressed = 0;
+  const leadToResults = () => {
+    const results = document.querySelector("#nb-results");
+    if (!results || Date.now() - pressed > 5000 || innerWidth > 900) return;
+    pressed = 0;
+    const { top } = results.getBoundingClientRect();
+    if (top < 0 || top > innerHeight / 3) results.scrollIntoView({ behavior: "smooth", block: "start" });
+  };
+  const press = () => { pressed = Date.now(); };
+
+  // Once the page is there: the open app is in sight among the links, and the button tells when a run begins.
+  const settle = new MutationObserver(() => {
+    const button = document.querySelector("#nb-generate");
+    if (!button) return;
+    settle.disconnect();
+    const here = document.querySelector(".nb-rooms a[aria-current]");
+    if (here) here.parentElement.scrollLeft = here.offsetLeft - here.parentElement.offsetLeft - 40;
+    new MutationObserver(() => { if (button.disabled) leadToResults(); }).observe(button, { attributes: true });
+  });
+  settle.observe(document, { childList: true, subtree: true });
 
   // A page to draw on starts with the brush in hand; Gradio starts with the tool that uploads.
   const takeBrush = new MutationObserver(() => {
