@@ -267,7 +267,28 @@ def _from_folder(folder: Path) -> ModelSpec:
         raise ModelError(f"model: {folder} holds a {pipeline or 'nameless pipeline'}; expected a {kinds} pipeline")
     beside = folder.with_name(folder.name + "-int4")
     checkpoints = {"int4": str(beside)} if beside.exists() else {}
+    parent = _same_transformer(folder, pipeline)
+    if parent is not None:
+        return replace(parent, name=folder.name, title=folder.name, source=str(folder), checkpoints=checkpoints)
     return _other(row.name, folder.name, str(folder), pipeline, checkpoints)
+
+
+def _same_transformer(folder: Path, pipeline: str) -> ModelSpec | None:
+    """The small model that `folder` is another training of: it wants that one's sizes, steps and text length."""
+    for row in CATALOGUE.values():
+        plain = not (row.lora or row.prior or row.runner)
+        if plain and row.ships and row.pipeline == pipeline and _config(Path(row.source)) == _config(folder) != {}:
+            return row
+    return None
+
+
+def _config(folder: Path) -> dict[str, object]:
+    """What a pipeline folder says of its transformer's shape; nothing where it says nothing."""
+    try:
+        found = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+        return {key: value for key, value in found.items() if not key.startswith("_")}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _other(family: str, name: str, source: str, pipeline: str, checkpoints: Mapping[str, str]) -> ModelSpec:

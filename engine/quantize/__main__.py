@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="denoising steps of the calibration pictures (default the model's)")
     add("--rank", type=int, default=32, help="rank of the 16-bit branch, a multiple of 16 (default 32)")
     add("--rounds", type=int, default=8, help="rounds of refining branch and rounding (default 8)")
+    add("--damping", type=float, default=0.1,
+        help="how little to trust the sampled inputs to be all there are, 0.001 to 10 (default 0.1)")  # fmt: skip
     add("--gptq", action=argparse.BooleanOptionalAction, default=True,
         help="let later inputs make up for what rounding loses (INT4 with --calib; default on)")  # fmt: skip
     add("--keep-16bit", nargs="+", default=[], metavar="PATTERN",
@@ -83,7 +85,9 @@ def _quantize(args: argparse.Namespace) -> None:
             prompts=prompts,
             size=args.size,
             steps=args.steps,
-            recipe=Recipe(precision=args.precision, rank=args.rank, rounds=args.rounds, gptq=args.gptq),
+            recipe=Recipe(
+                precision=args.precision, rank=args.rank, rounds=args.rounds, gptq=args.gptq, damping=args.damping
+            ),
             keep=args.keep_16bit,
             device=args.device,
             format=args.format,
@@ -101,6 +105,8 @@ def _quantize(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     if args.rank < 0 or args.rank % 16:
         raise ArgumentError(f"--rank: expected a multiple of 16 from 0 up, got {args.rank}")
+    if not 0.001 <= args.damping <= 10:
+        raise ArgumentError(f"--damping: expected a number from 0.001 to 10, got {args.damping:g}")
     for name in ("samples", "rounds"):
         if getattr(args, name) < 1:
             raise ArgumentError(f"--{name}: expected 1 or more, got {getattr(args, name)}")

@@ -11,7 +11,8 @@ from torch import Tensor
 from engine.checkpoint.files import all_finite
 from engine.errors import ModelError
 from engine.models.plan import LinearGroup, get_linear
-from engine.quantize.layer import Inputs, Recipe, quantize_group, quantize_weight_only
+from engine.quantize.inputs import Inputs
+from engine.quantize.layer import Recipe, quantize_group, quantize_weight_only
 from engine.quantize.naive import naive_error
 from engine.quantize.records import LayerRecord
 from engine.quantize.streamed import StreamedModel
@@ -32,8 +33,10 @@ def quantize_block(
     Groups that are not in `inputs` are quantized without data. Raises ModelError for weights that are no numbers.
     """
     figures = []
+    replaced = {f"{name}.weight" for group in groups for name in group.names}
     with streamed.block(block) as module:
-        tensors = {f"{block}.{name}": value.cpu() for name, value in module.state_dict().items()}
+        whole = {f"{block}.{name}": value for name, value in module.state_dict().items()}
+        tensors = {name: value.cpu() for name, value in whole.items() if name not in replaced}
         for group in groups:
             figures.append(quantize_linears(streamed.model, group, inputs.get(group), recipe, tensors))
             on_group(group)
@@ -44,7 +47,7 @@ def quantize_block(
 def quantize_linears(
     model: Any, group: LinearGroup, inputs: Inputs | None, recipe: Recipe, tensors: dict[str, Tensor]
 ) -> LayerRecord:
-    """Put the quantized linears of `group` into `tensors`, in place of their weights.
+    """Put the quantized linears of `group` into `tensors`.
 
     Without `inputs` every input channel counts alike, and the record's errors are those on such inputs.
     """
@@ -53,12 +56,11 @@ def quantize_linears(
         if not all_finite(linear.weight):
             raise ModelError(f"{name}.weight holds NaN or infinity; the model is damaged: fetch or make it again")
     weight = torch.cat([linear.weight for linear in linears]).float()
-    # Without data a group's inputs are a matrix of K x K: made for one group at a time, or they outgrow the model.
     seen = inputs or Inputs.unknown(weight.shape[1], weight.device)
     parts, shared, errors = _quantize(weight, group, seen, recipe)
     _write_rows(group, [linear.out_features for linear in linears], parts, shared, tensors)
     n, k = weight.shape
-    naive = naive_error(weight, seen.rows, group.kind, recipe.precision) if inputs else None
+    naive = None if seen.rows is None else naive_error(weight, seen.rows, group.kind, recipe.precision)
     return LayerRecord(group.title, group.kind, (n, k), *errors, naive_error=naive, seconds=None, names=group.names)
 
 
@@ -85,7 +87,6 @@ def _write_rows(group: LinearGroup, rows: list[int], parts: _Parts, shared: _Par
     """Give each linear of the group its own rows and a copy of what they share; biases stay as they are."""
     split = {part: value.split(rows) for part, value in parts.items() if value is not None}
     for index, name in enumerate(group.names):
-        del tensors[f"{name}.weight"]
         for part, pieces in split.items():
             tensors[f"{name}.{part}"] = pieces[index].clone().cpu()
         for part, value in shared.items():

@@ -16,7 +16,7 @@ from engine.models import loading
 from engine.models.catalogue import ModelSpec
 from engine.models.families import runner
 from engine.models.plan import LinearGroup, get_linear
-from engine.quantize.layer import Inputs
+from engine.quantize.inputs import Inputs
 from engine.quantize.lockstep import ask, run_together
 from engine.quantize.streamed import StreamedModel
 from engine.request import Request
@@ -63,10 +63,12 @@ def collect(
     streamed.fill_rest()
     collectors = _Painter(streamed, spec, requests, device, on_call).paint_all()
     for block in streamed.blocks:
-        found = {group: collectors.pop(group).inputs() for group in streamed.groups[block]}
-        for group, seen in found.items():
-            if not (seen.rows.isfinite().all() and seen.largest.isfinite().all()):
+        found: dict[LinearGroup, Inputs] = {}
+        for group in streamed.groups[block]:
+            rows, largest = collectors.pop(group).take()
+            if not (rows.isfinite().all() and largest.isfinite().all()):
                 raise ModelError(f"{spec.name}: {group.title} read NaN or infinity while painting; its weights are bad")
+            found[group] = Inputs(rows, largest)
         yield block, found
 
 
@@ -77,21 +79,30 @@ class _Collector:
         self.per_call = per_call
         self.rows: dict[tuple[int, int], Tensor] = {}
         self.largest: Tensor | None = None
+        self._fresh: list[tuple[tuple[int, int], Tensor]] = []
 
     def see(self, x: Tensor, call: tuple[int, int], number: int) -> None:
         """Take rows of x (..., K): those of call (picture, its call), which is the `number`th one of all."""
         flat = x.detach().reshape(-1, x.shape[-1])
-        largest = flat.abs().amax(0).float()
+        largest = torch.linalg.vector_norm(flat, torch.inf, 0).float()
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
         # Shifting the start from call to call visits every token position in the end, with no random numbers.
         stride = max(1, len(flat) // self.per_call)
-        self.rows[call] = flat[number % stride :: stride][: self.per_call].to("cpu", copy=True)
+        self._fresh.append((call, flat[number % stride :: stride][: self.per_call].clone()))
 
-    def inputs(self) -> Inputs:
-        """Rows in the order of the pictures, whatever the order was in which they came; in the model's type."""
+    def settle(self) -> None:
+        """Bring the rows of the last calls to the CPU: all of them in one copy, since each one waits for the device."""
+        if self._fresh:
+            rows = torch.cat([found for _, found in self._fresh]).cpu()
+            pieces = rows.split([len(found) for _, found in self._fresh])
+            self.rows |= {call: piece for (call, _), piece in zip(self._fresh, pieces, strict=True)}
+        self._fresh.clear()
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Rows (S, K) in the order of the pictures, not that of their coming, in the model's type; maxima (K)."""
         assert self.largest is not None
         rows = torch.cat([self.rows[call] for call in sorted(self.rows)])
-        return Inputs(rows[:: max(1, len(rows) // _ROWS)][:_ROWS], self.largest.cpu())
+        return rows[:: max(1, len(rows) // _ROWS)][:_ROWS].clone(), self.largest.cpu()
 
 
 class _Painter:
@@ -175,6 +186,8 @@ class _Painter:
                 answers.append(type(module).forward(module, *args, **kwargs))
                 self.done += 1
                 self.on_call(self.done, len(self.streamed.blocks) * (len(self.requests) * self.steps + 1))
+        for group in self.streamed.groups[self.streamed.blocks[place]]:
+            self.collectors[group].settle()
         return answers
 
 

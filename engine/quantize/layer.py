@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,22 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine import ops
-from engine.quantize.gptq import gptq_int4
-from engine.quantize.lowrank import low_rank
+from engine.quantize.gptq import error_spread, gptq_int4
+from engine.quantize.inputs import Inputs, weigh
+from engine.quantize.lowrank import factors
 from engine.quantize.nvfp4 import round_nvfp4
 from engine.quantize.rounding import GROUP, pack_nibbles, round_affine, round_int4
 from engine.quantize.smooth import candidates
 
 _GPTQ_ROUNDS = 3
 
-__all__ = ["Inputs", "Quantized", "Recipe", "quantize_group", "quantize_weight_only"]
+__all__ = ["Inputs", "Quantized", "Recipe", "output_errors", "quantize_group", "quantize_weight_only"]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to quantize: 4-bit type, rank, smoothing strengths to try, refinement rounds, stored 16-bit type.
 
-    `gptq` rounds INT4 residuals by GPTQ once branch and rounding have settled.
+    `gptq` rounds INT4 residuals by GPTQ once branch and rounding have settled. `damping`, in mean squares of an input,
+    is added to the square of each: a sample of inputs is not all of them, and with little damping branch and GPTQ
+    fit the sample at the cost of all other inputs (docs/quantize.md has the figures).
     """
 
     precision: Literal["int4", "nvfp4"] = "int4"
@@ -34,21 +38,8 @@ class Recipe:
     rounds: int = 8
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
-    damping: float = 0.01
+    damping: float = 0.1
     gptq: bool = True
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a group of linears saw in calibration: sampled rows (S, K) and the largest magnitude a channel (K)."""
-
-    rows: Tensor
-    largest: Tensor
-
-    @classmethod
-    def unknown(cls, k: int, device: torch.device) -> Inputs:
-        """Stand-in without calibration data: every channel alike."""
-        return cls(torch.eye(k, device=device) * k**0.5, torch.ones(k, device=device))
 
 
 @dataclass(frozen=True)
@@ -67,61 +58,83 @@ def quantize_group(weight: Tensor, inputs: Inputs, recipe: Recipe, *, unsigned: 
     """SVDQuant for `weight` (N, K): pick the smooth factor with the least output error, then refine its branch.
 
     `unsigned` says that the input is a GELU output. The error is ||y - y_hat|| / ||y|| on the sampled rows with
-    4-bit activations. Where K is no multiple of 64 the result is wider by inputs
-    that count for nothing.
+    4-bit activations; without rows it is that of the weight. Where K is no multiple of 64 the result is wider by
+    inputs that count for nothing.
     """
     missing = -weight.shape[1] % GROUP
     if missing:
-        wide = Inputs(F.pad(inputs.rows, (0, missing)), F.pad(inputs.largest, (0, missing)))
-        return quantize_group(F.pad(weight, (0, missing)), wide, recipe, unsigned=unsigned)
+        return quantize_group(F.pad(weight, (0, missing)), inputs.padded(missing), recipe, unsigned=unsigned)
     weight = weight.float()
-    best: tuple[float, Tensor] | None = None
+    best: tuple[float, _Task] | None = None
     for smooth in candidates(weight, inputs.largest, recipe.alphas, recipe.dtype):
-        trial = _branch_and_round(weight, smooth, inputs, recipe, rounds=1)
-        error = _output_error(weight, trial, inputs.rows, _seen_in_4_bits(inputs.rows, smooth, unsigned))
+        task = _Task.of(weight, smooth, inputs, recipe)
+        trial = _branch_and_round(task, recipe, rounds=1)
+        error = _output_error(weight, trial, inputs, lambda rows, _s=smooth: _seen_in_4_bits(rows, _s, unsigned))
         if best is None or error < best[0]:
-            best = (error, smooth)
+            best = (error, task)
     assert best is not None
-    linear = _branch_and_round(weight, best[1], inputs, recipe, rounds=recipe.rounds)
-    return Quantized(
-        linear,
-        _output_error(weight, linear, inputs.rows, _seen_in_4_bits(inputs.rows, best[1], unsigned)),
-        _output_error(weight, linear, inputs.rows, _seen_in_8_bits(inputs.rows, best[1])),
+    linear = _branch_and_round(best[1], recipe, rounds=recipe.rounds)
+    return Quantized(linear, *output_errors(weight, linear, inputs, unsigned=unsigned))
+
+
+def output_errors(
+    weight: Tensor, linear: ops.CanonicalLinear, inputs: Inputs, *, unsigned: bool = False
+) -> tuple[float, float]:
+    """Errors ||y - y_hat|| / ||y|| that `linear` makes of `weight` (N, K) on the rows of `inputs`, W4A4 and W4A8."""
+    assert linear.smooth is not None
+    smooth = linear.smooth.float()
+    return (
+        _output_error(weight, linear, inputs, lambda rows: _seen_in_4_bits(rows, smooth, unsigned)),
+        _output_error(weight, linear, inputs, lambda rows: _seen_in_8_bits(rows, smooth)),
     )
 
 
 def quantize_weight_only(weight: Tensor, inputs: Inputs, recipe: Recipe) -> tuple[ops.AwqWeight, float]:
     """Round `weight` (N, K) for 16-bit activations; returns it with its relative output error on the sampled rows."""
     weight = weight.float()
-    codes, scales, zeros, rounded = round_affine(weight, inputs.rows.float().square().mean(0), recipe.dtype)
+    codes, scales, zeros, rounded = round_affine(weight, inputs.mean_square(), recipe.dtype)
     value = ops.AwqWeight(codes=pack_nibbles(codes), scales=scales, zeros=zeros, bias=None)
+    if inputs.rows is None:
+        return value, _relative(weight - rounded, weight)
     return value, _relative(inputs.rows @ (weight - rounded).T, inputs.rows @ weight.T)
 
 
-def _branch_and_round(
-    weight: Tensor, smooth: Tensor, inputs: Inputs, recipe: Recipe, rounds: int
-) -> ops.CanonicalLinear:
+@dataclass(frozen=True)
+class _Task:
+    """A smoothed weight `target` (N, K), and what errors in it cost: `importance` (K) and `root` of the inputs."""
+
+    target: Tensor
+    smooth: Tensor
+    importance: Tensor
+    root: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, smooth: Tensor, inputs: Inputs, recipe: Recipe) -> _Task:
+        return cls(weight * smooth, smooth, *inputs.moments(smooth, recipe.damping))
+
+
+def _branch_and_round(task: _Task, recipe: Recipe, rounds: int) -> ops.CanonicalLinear:
     """Alternate between the branch that best explains what rounding loses and rounding what the branch leaves."""
-    target = weight * smooth
-    rows = inputs.rows.float() / smooth
-    importance = rows.square().mean(0)
-    root = _second_moment_root(rows, recipe.damping)
-    rounded = torch.zeros_like(target)
-    best: tuple[dict[str, Tensor], Tensor, Tensor] | None = None
+    best: _Branch | None = None
     least = float("inf")
+    weighed = weigh(task.target, task.root)
     for _ in range(rounds):
-        up, down = _store(*low_rank(target - rounded, recipe.rank, root, recipe.seed), smooth, recipe.dtype)
-        stored, rounded = _round(target - up @ (down * smooth), importance, recipe)
-        error = float(((target - rounded - up @ (down * smooth)) @ root).norm())
+        up, down = _fit(weighed, task, recipe)
+        smoothed = down * task.smooth
+        stored, rounded = _round(task.target - up @ smoothed, task.importance, recipe)
+        # What rounding loses, by its effect: this round is judged by it, and the next branch is fitted to it.
+        weighed = weigh(task.target - rounded, task.root)
+        error = _left(weighed, up, smoothed, task)
         if error < least:
             least, best = error, (stored, up, down)
     assert best is not None
-    if recipe.gptq and recipe.precision == "int4" and rounds > 1:
-        best = _with_gptq(target, root, importance, smooth, recipe, best, least)
+    # A diagonal root says that no input can make up for another.
+    if recipe.gptq and recipe.precision == "int4" and rounds > 1 and task.root.ndim == 2:
+        best = _with_gptq(task, recipe, best, least)
     stored, up, down = best
     return ops.CanonicalLinear(
         **stored,
-        smooth=smooth.to(recipe.dtype),
+        smooth=task.smooth.to(recipe.dtype),
         lora_down=down.to(recipe.dtype) if recipe.rank else None,
         lora_up=up.to(recipe.dtype) if recipe.rank else None,
         bias=None,
@@ -131,22 +144,37 @@ def _branch_and_round(
 _Branch = tuple[dict[str, Tensor], Tensor, Tensor]  # stored residual, up, down
 
 
-def _with_gptq(
-    target: Tensor, root: Tensor, importance: Tensor, smooth: Tensor, recipe: Recipe, best: _Branch, least: float
-) -> _Branch:
+def _with_gptq(task: _Task, recipe: Recipe, best: _Branch, least: float) -> _Branch:
     """Round what the best branch leaves by GPTQ, fit the branch to that once more, and keep what is better."""
     up, down = best[1:]
+    spread = error_spread(task.root)
     for _ in range(_GPTQ_ROUNDS):
-        branch = up @ (down * smooth)
-        codes, scales, rounded = gptq_int4(target - branch, root, importance, recipe.dtype)
-        error = float(((target - rounded - branch) @ root).norm())
+        smoothed = down * task.smooth
+        residual = task.target - up @ smoothed
+        codes, scales, rounded = gptq_int4(residual, task.root, task.importance, recipe.dtype, spread)
+        weighed = weigh(task.target - rounded, task.root)
+        error = _left(weighed, up, smoothed, task)
         if error >= least:
             break
         least, best = error, ({"codes": pack_nibbles(codes), "wscales": scales}, up, down)
         if not recipe.rank:
             break
-        up, down = _store(*low_rank(target - rounded, recipe.rank, root, recipe.seed), smooth, recipe.dtype)
+        up, down = _fit(weighed, task, recipe)
     return best
+
+
+def _fit(weighed: Tensor, task: _Task, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The branch for what rounding loses, its factors rounded as the file will hold them.
+
+    `down` applies to the raw input, before smoothing.
+    """
+    up, down = factors(weighed, recipe.rank, task.root, recipe.seed)
+    return up.to(recipe.dtype).float(), (down / task.smooth).to(recipe.dtype).float()
+
+
+def _left(weighed: Tensor, up: Tensor, smoothed: Tensor, task: _Task) -> float:
+    """Size of what branch and rounding together lose."""
+    return float((weighed - up @ weigh(smoothed, task.root)).norm())
 
 
 def _round(residual: Tensor, importance: Tensor, recipe: Recipe) -> tuple[dict[str, Tensor], Tensor]:
@@ -158,24 +186,24 @@ def _round(residual: Tensor, importance: Tensor, recipe: Recipe) -> tuple[dict[s
     return {"codes": pack_nibbles(codes), "wscales": scales}, rounded
 
 
-def _store(up: Tensor, down: Tensor, smooth: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round the factors as the file will hold them; `down` then applies to the raw input, before smoothing."""
-    return up.to(dtype).float(), (down / smooth).to(dtype).float()
+def _output_error(
+    weight: Tensor, linear: ops.CanonicalLinear, inputs: Inputs, see: Callable[[Tensor], Tensor]
+) -> float:
+    """Relative output error on the sampled rows, of which the 4-bit weights see `see(rows)` and the branch all.
 
-
-def _second_moment_root(rows: Tensor, damping: float) -> Tensor:
-    """Lower-triangular root (K, K) of the damped second moment of `rows` (S, K)."""
-    moment = rows.T @ rows / len(rows)
-    moment.diagonal().add_(damping * moment.diagonal().mean() + 1e-12)
-    return torch.linalg.cholesky(moment)
-
-
-def _output_error(weight: Tensor, linear: ops.CanonicalLinear, rows: Tensor, seen: Tensor) -> float:
-    """Relative output error on `rows` (S, K), of which the 4-bit weights see `seen` and the branch all."""
-    rows = rows.float()
-    output = seen @ ops.dequantize(linear).T
-    if linear.lora_down is not None and linear.lora_up is not None:
-        output = output + (rows @ linear.lora_down.float().T) @ linear.lora_up.float().T
+    Without rows every input channel counts alike and activations are exact.
+    """
+    dense = ops.dequantize(linear)
+    up = None if linear.lora_up is None else linear.lora_up.float()
+    down = None if linear.lora_down is None else linear.lora_down.float()
+    if inputs.rows is None:
+        assert linear.smooth is not None
+        whole = dense / linear.smooth.float()
+        return _relative((whole if up is None or down is None else whole + up @ down) - weight, weight)
+    rows = inputs.rows.float()
+    output = see(rows) @ dense.T
+    if up is not None and down is not None:
+        output = output + (rows @ down.T) @ up.T
     exact = rows @ weight.T
     return _relative(output - exact, exact)
 

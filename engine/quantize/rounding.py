@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.quantize import fused
+
 __all__ = ["GROUP", "pack_nibbles", "round_affine", "round_int4"]
 
 GROUP = 64
@@ -23,6 +25,8 @@ def round_int4(weight: Tensor, importance: Tensor, dtype: torch.dtype) -> tuple[
     Each group tries several clipping ratios of its largest value and keeps the one with the least squared error
     weighted by `importance` (K), the mean square of the input channel; then the scale is refitted to its codes.
     """
+    if fused.takes(weight):
+        return fused.round_int4(weight.float(), importance.float(), dtype)
     groups, cost = _grouped(weight), _grouped(importance[None])
     largest = groups.abs().amax(-1, keepdim=True)
     best = _Best(groups)

@@ -109,7 +109,8 @@ class _Job:
         todo = [block for block in self.streamed.blocks if not work.has(block)]
         if self.requests and not work.has_inputs(todo):
             done = partial(self.tell, "calibrating")
-            work.keep_inputs(collect(self.streamed, self.spec, self.requests, self.device, done))
+            with self.streamed.keeping_blocks():
+                work.keep_inputs(collect(self.streamed, self.spec, self.requests, self.device, done))
         meter = _Meter(self.streamed, self.groups, todo, partial(self.tell, "quantizing"))
         metadata = self.details.metadata()
         for block in todo:

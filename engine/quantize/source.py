@@ -33,7 +33,7 @@ def transformer_folder(spec: ModelSpec) -> Path:
 
 
 class Weights:
-    """Tensors of a transformer folder by their diffusers names; `config` is its config.json.
+    """Tensors of a transformer folder by their diffusers names; `config` is its config.json, `nbytes` the files' size.
 
     Files are open only while they are read: an open one counts as memory in use, page by page, as it is looked at.
     Raises ModelError or CheckpointError when the folder is not whole.
@@ -43,9 +43,11 @@ class Weights:
         self.folder = folder
         self.config = _read_json(folder / "config.json")
         self._where: dict[str, Path] = {}
+        self.nbytes = 0
         for path in _files(folder):
             with TensorFiles(path) as files:
                 self._where |= dict.fromkeys(files, path)
+            self.nbytes += path.stat().st_size
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

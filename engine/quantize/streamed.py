@@ -20,6 +20,9 @@ from engine.quantize.source import Weights, transformer_folder
 
 __all__ = ["StreamedModel"]
 
+# What pictures on their way and the layers' own work need beside the weights, and room to spare.
+_SPARE_BYTES = 16 * 2**30
+
 
 class StreamedModel:
     """The diffusers transformer of `spec` without weights, prepared for quantizing, and the files it is filled from.
@@ -45,6 +48,7 @@ class StreamedModel:
         for group in self.leaves.plan(self.model):
             self.groups.setdefault(".".join(group.names[0].split(".")[:2]), []).append(group)
         self.blocks = list(self.groups)
+        self._kept: dict[str, dict[str, Tensor]] | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -64,11 +68,29 @@ class StreamedModel:
                 raise ModelError(f"{self.weights.folder}: {name} is in no file, so this model cannot run in parts")
 
     @contextmanager
+    def keeping_blocks(self) -> Iterator[None]:
+        """Blocks that were read stay on the device as long as the context lasts, where it has the room for all.
+
+        Calibration reads every block once a step: from host memory that takes longer than running it.
+        """
+        if _room(self.device) < _SPARE_BYTES + self.weights.nbytes:
+            yield
+            return
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    @contextmanager
     def block(self, name: str) -> Iterator[nn.Module]:
         """The block called `name` of `model`, with its weights on the device as long as the context lasts."""
         module = self.model.get_submodule(name)
         empty = module.state_dict()
-        module.load_state_dict(self._read(name), assign=True)
+        found = self._read(name) if self._kept is None or name not in self._kept else self._kept[name]
+        if self._kept is not None:
+            self._kept[name] = found
+        module.load_state_dict(found, assign=True)
         try:
             yield module
         finally:
@@ -84,3 +106,12 @@ class StreamedModel:
         for blocks in {block.partition(".")[0] for block in self.blocks}:
             setattr(alone, blocks, nn.ModuleList([module] if blocks == mine else []))
         return self.leaves.prepare(alone).get_submodule(f"{mine}.0").state_dict()
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that this process may still take of a CUDA device; none of a CPU, where files are memory already."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return min(free, allowed - torch.cuda.memory_reserved(device))

@@ -27,7 +27,7 @@ from engine.checkpoint.files import TensorFiles
 from engine.checkpoint.writer import FileWriter
 from engine.errors import ArgumentError, CheckpointError
 from engine.models.plan import LinearGroup
-from engine.quantize.layer import Inputs
+from engine.quantize.inputs import Inputs
 from engine.quantize.records import LayerRecord, read_records, write_records
 
 __all__ = ["Work"]
@@ -75,6 +75,7 @@ class Work:
         for block, groups in found:
             with FileWriter(partial / f"{block}.safetensors", 2 * len(groups)) as out:
                 for number, seen in enumerate(groups.values()):
+                    assert seen.rows is not None
                     out.add(f"{number}.rows", seen.rows)
                     out.add(f"{number}.largest", seen.largest)
         shutil.rmtree(self._inputs, ignore_errors=True)
