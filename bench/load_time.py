@@ -3,7 +3,8 @@
     python bench/synthetic_flux.py flux.safetensors && python bench/load_time.py flux.safetensors --device cuda
 
 The file is read once before (so that it comes from the page cache). Host memory is the process's own, its mapped files
-not counted. Prints JSON. The LoRAs are random, on the linears that no other is fused with.
+not counted; importing the libraries is timed apart. The LoRAs are random, one on every linear of the model and one on
+those of the blocks. One step is run on the opened model, and its output looked at. Prints JSON.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.flux_step import inputs
 from engine.checkpoint.pretrained import SVDQuantFluxTransformer
-from engine.linear import SVDQuantLinear
-from engine.lora import load_lora, set_lora_strength, unload_lora
+from engine.lora import load_lora, set_lora_strength, set_lora_strengths, unload_lora
+from engine.lora.targets import find_targets
 from engine.lora.weights import Factors, LoraWeights
 
 GIB = 2**30
@@ -81,54 +83,65 @@ def timed(call: Callable[[], Any], device: torch.device, repeats: int = 7) -> fl
     return statistics.median(times)
 
 
-def random_lora(model: torch.nn.Module, rank: int, seed: int) -> LoraWeights:
-    """Small random factors for the output projection of every attention and MLP."""
+def random_lora(model: torch.nn.Module, rank: int, seed: int, everything: bool) -> LoraWeights:
+    """Small random factors for the linears of the blocks, or for every linear there is."""
     generator, weights = torch.Generator().manual_seed(seed), LoraWeights()
-    for name, module in model.named_modules():
-        # Concatenated projections (to_qkv) have names of their own inside a model; files name the parts.
-        if isinstance(module, SVDQuantLinear) and not name.endswith("qkv") and ".proj_out." not in name:
-            down = torch.randn(rank, module.in_features, generator=generator).bfloat16() * 0.01
-            up = torch.randn(module.out_features, rank, generator=generator).bfloat16() * 0.01
-            weights.factors[name] = Factors(down, up)
+    for target in find_targets(model):
+        if everything or "transformer_blocks." in target.name:
+            for name in target.parts:
+                down = torch.randn(rank, target.layer.in_features, generator=generator).bfloat16() * 0.01
+                up = torch.randn(target.rows, rank, generator=generator).bfloat16() * 0.01
+                weights.factors[name] = Factors(down, up)
     return weights
 
 
-def measure(path: Path, device: torch.device, rank: int) -> dict[str, Any]:
-    """Open the file, then put two LoRAs on, switch and remove them."""
-    warm(path)
+def opened(path: Path, device: torch.device) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The model of the file, and what opening it took."""
+    import diffusers  # noqa: F401 - its import is not the file's own time
+    from diffusers import FluxTransformer2DModel  # noqa: F401
+
     if device.type == "cuda":
-        torch.empty(1, device=device)  # the context's own time and memory are not the file's
+        torch.empty(1, device=device)  # neither are the context's time and memory
         torch.cuda.reset_peak_memory_stats(device)
     with Peak() as peak:
         began = time.perf_counter()
         model = SVDQuantFluxTransformer.from_pretrained(path, device=device)
         finish(device)
         seconds = time.perf_counter() - began
-    told = {
-        "file_gib": path.stat().st_size / GIB,
-        "load_s": seconds,
-        "host_gib": (peak.most - peak.before) / GIB,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
+    told: dict[str, Any] = {"load_s": seconds, "host_gib": (peak.most - peak.before) / GIB}
     if device.type == "cuda":
         told["device_gib"] = torch.cuda.memory_allocated(device) / GIB
         told["device_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
-    first, second = random_lora(model, rank, 1), random_lora(model, rank, 2)
-    told["lora_modules"] = len(first.factors)
+    return model, told
+
+
+def measure(path: Path, device: torch.device, rank: int, size: int) -> dict[str, Any]:
+    """Open the file, run a step, then put two LoRAs on, switch and remove them."""
+    warm(path)
+    model, told = opened(path, device)
+    x = inputs(str(device), size, 1, dict(model.config))  # pyright: ignore[reportArgumentType]
+    with torch.inference_mode():
+        plain = model(**x)[0]
+        told["finite"] = bool(plain.isfinite().all())
+        told["step_ms"] = timed(lambda: model(**x), device, 3)
+    first, second = random_lora(model, rank, 1, True), random_lora(model, rank, 2, False)
+    told["lora_modules"] = [len(first.factors), len(second.factors)]
     began = time.perf_counter()
     load_lora(model, first, 1.0, "first")
     load_lora(model, second, 0.0, "second")
     finish(device)
     told["load_two_loras_s"] = time.perf_counter() - began
-    strengths = iter([0.1 * step for step in range(1, 100)])
-    told["strength_ms"] = timed(lambda: set_lora_strength(model, "first", next(strengths)), device)
+    steps = iter(range(1, 1000))
+    told["strength_ms"] = timed(lambda: set_lora_strength(model, "first", 0.001 * next(steps)), device)
 
     def switch() -> None:
-        for name, strength in (("first", 0.0), ("second", 1.0)):
-            set_lora_strength(model, name, strength)
+        on = next(steps) % 2
+        set_lora_strengths(model, {"first": float(on), "second": float(1 - on)})
 
     told["switch_ms"] = timed(switch, device)
     unload_lora(model)
+    with torch.inference_mode():
+        told["same_bits_after_unloading"] = bool(torch.equal(plain, model(**x)[0]))
     return told
 
 
@@ -137,11 +150,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=16, help="of each LoRA")
+    parser.add_argument("--size", type=int, default=1024, help="pixels of a side of the picture that is stepped once")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
-    told = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
-    told |= measure(options.file, torch.device(options.device), options.rank)
+    device = torch.device(options.device)
+    told = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "lora_rank": options.rank}
+    told["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    told["file_gib"] = options.file.stat().st_size / GIB
+    told |= measure(options.file, device, options.rank, options.size)
     text = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in told.items()})
     print(text)
     if options.json:

@@ -24,6 +24,9 @@ __all__ = [
 ]
 
 
+_LONGEST = 1200
+
+
 class EngineError(Exception):
     """Base of every error raised on purpose by this package."""
 
@@ -45,7 +48,14 @@ class BackendError(EngineError, RuntimeError):
 
 
 class CheckpointError(EngineError):
-    """A weights file is missing, damaged, or made for another model."""
+    """A weights file is missing, damaged, or made for another model.
+
+    The message quotes names that the file chose, so it is cut to one line of a length that can be shown.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.split())
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST - 4]} ...")
 
 
 class ModelError(EngineError):

@@ -59,6 +59,8 @@ class SVDQuantLinear(nn.Module):
         self.own_rank = linear.rank
         self.branch_scale: Tensor | None = None
         self.bias_delta: Tensor | None = None
+        # The smooth factor that was divided out of the rows of V instead of here (engine.checkpoint.folding).
+        self.folded_smooth: Tensor | None = None
         self.gelu = False
         self._hold(ops.pack(linear, backend, dtype))
 

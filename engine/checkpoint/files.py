@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,7 +35,14 @@ class TensorFiles:
         self.path = Path(path)
         self._device = str(device)
         self._handles = [(file, _open(file, self._device)) for file in _files(self.path)]
-        self._where = {name: handle for _, handle in self._handles for name in handle.keys()}  # noqa: SIM118
+        self._where: dict[str, Any] = {}
+        for file, handle in self._handles:
+            names = handle.keys()
+            if twice := next((name for name in names if name in self._where), None):
+                raise CheckpointError(
+                    f"{self.path}: {twice} is in {file.name} and in another file; give one file of this folder instead"
+                )
+            self._where.update(dict.fromkeys(names, handle))
         self.metadata: dict[str, str] = {}
         for _, handle in self._handles:
             self.metadata.update(handle.metadata() or {})
@@ -179,6 +187,8 @@ def _files(path: Path) -> list[Path]:
         raise CheckpointError(
             f"{path}: expected a .safetensors file (no other kind is ever loaded), got {path.suffix!r}"
         )
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a regular file")
     return [path]
 
 
@@ -195,8 +205,11 @@ def _check_index(path: Path, where: Mapping[str, object]) -> None:
     index = path / INDEX_NAME
     if not path.is_dir() or not index.is_file():
         return
-    listed = json.loads(index.read_text())["weight_map"]
-    lost = sorted({file for name, file in listed.items() if name not in where})
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        lost = sorted({str(file) for name, file in listed.items() if name not in where})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {INDEX_NAME} is damaged ({error!r}); fetch it again") from error
     if lost:
         raise CheckpointError(
             f"{path}: {lost[0]} is listed in {INDEX_NAME} but its tensors are not there; fetch it again"

@@ -11,7 +11,7 @@ import torch
 
 from engine.checkpoint import nunchaku, nunchaku_lite, t5
 from engine.checkpoint.files import TensorFiles
-from engine.checkpoint.quantization import FORMAT, read_quantization
+from engine.checkpoint.quantization import FORMAT, check_sizes, read_quantization
 from engine.checkpoint.source import Source
 from engine.errors import CheckpointError
 
@@ -49,17 +49,22 @@ def open_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Sou
     """
     files = TensorFiles(path, device)
     try:
-        layout = _detect(files)
-        if layout.kind == "canonical":
-            return files
-        if layout.kind == "nunchaku_lite":
-            return nunchaku_lite.open_source(files)
-        if layout.kind == "t5_awq":
-            return t5.open_source(files)
-        return nunchaku.open_source(files, layout.model_class)
+        source = _as_canonical(files, _detect(files))
+        check_sizes(files.path, read_quantization(source).config, len(files))
+        return source
     except BaseException:
         files.close()
         raise
+
+
+def _as_canonical(files: TensorFiles, layout: Layout) -> Source:
+    if layout.kind == "canonical":
+        return files
+    if layout.kind == "nunchaku_lite":
+        return nunchaku_lite.open_source(files)
+    if layout.kind == "t5_awq":
+        return t5.open_source(files)
+    return nunchaku.open_source(files, layout.model_class)
 
 
 def _detect(files: TensorFiles) -> Layout:

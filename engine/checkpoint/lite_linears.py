@@ -70,8 +70,8 @@ def _drop_ones(tensors: dict[str, Tensor], name: str) -> None:
 class ProjOutPiece:
     """`proj_out` of a FLUX single block, one linear of K = 5D here and two (attention, MLP) in the canonical form.
 
-    Splitting a stored one gives both halves its up-projection. Joining puts the two low-rank branches side by side, so
-    the stored rank is twice the canonical one; a file joined here is split again into exactly what it was.
+    Splitting a stored one gives both halves its up-projection. Joining halves that have their own puts the two low-rank
+    branches side by side, so the stored rank is twice the canonical one; such a file is split into what it was.
     """
 
     prefix: str
@@ -103,10 +103,12 @@ class ProjOutPiece:
         return shapes
 
     def optional(self) -> dict[str, tuple[int, ...]]:
-        if self.precision == "int4":
-            return {f"{self.prefix}.attn.bias": (self.width,)}
-        shapes = {"wtscale": (1,), "wcscales": (self.width,)}
-        return {f"{self.prefix}.{half}.{part}": shape for half in ("attn", "mlp") for part, shape in shapes.items()}
+        found: dict[str, tuple[int, ...]] = {f"{self.prefix}.attn.bias": (self.width,)}
+        for half, k in (("attn", self.width), ("mlp", 4 * self.width)):
+            found[f"{self.prefix}.{half}.smooth_orig"] = (k,)
+            if self.precision == "nvfp4":
+                found |= {f"{self.prefix}.{half}.wtscale": (1,), f"{self.prefix}.{half}.wcscales": (self.width,)}
+        return found
 
     def present(self, small: Tensors) -> set[str]:
         suffixes = (name.rpartition(".")[2] for name in self._whole().present(small))
@@ -150,8 +152,8 @@ class ProjOutPiece:
             whole["bias"] = whole["bias"].double() + tensors[f"{start}.attn.bias"].double()
         if self.rank:
             downs, ups = both("lora_down"), both("lora_up")
-            whole["lora_down"] = torch.block_diag(*downs).to(downs[0].dtype)
-            whole["lora_up"] = torch.cat(ups, 1)
+            joined = torch.block_diag(*downs).to(downs[0].dtype) if self.joined else torch.cat(downs, 1)
+            whole |= {"lora_down": joined, "lora_up": torch.cat(ups, 1) if self.joined else ups[0]}
         whole |= self._factors(tensors)
         return self._whole().encode({f"{start}.{part}": value for part, value in whole.items()})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,13 @@ from engine.checkpoint import exact, nunchaku_flux, nunchaku_sana
 from engine.checkpoint.files import TensorFiles
 from engine.checkpoint.linears import GROUPS
 from engine.checkpoint.pieces import Piece
-from engine.checkpoint.quantization import Quantization
-from engine.checkpoint.source import PublishedSource, Source
+from engine.checkpoint.quantization import Quantization, check_sizes
+from engine.checkpoint.source import PublishedSource
 from engine.errors import CheckpointError
 
-__all__ = ["CLASSES", "LEGACY_BLOCKS", "LEGACY_REST", "metadata", "open_source", "pieces_for"]
+__all__ = ["CLASSES", "LAYOUT", "LEGACY_BLOCKS", "LEGACY_REST", "metadata", "open_source", "pieces_for"]
 
+LAYOUT = "nunchaku"
 LEGACY_BLOCKS = "transformer_blocks.safetensors"
 LEGACY_REST = "unquantized_layers.safetensors"
 # diffusers class -> the class its published files name.
@@ -26,6 +28,7 @@ CLASSES: Mapping[str, str] = {
 _ACTIVATION = {"int4": "int4", "nvfp4": "fp4_e2m1_all"}
 _DEFAULT_RANK = 32
 _MAX_SIZE = 2**20
+_PAG_LAYER = re.compile(r"(?:^|\.)transformer_blocks\.(\d{1,4})\.\w+\.pag_to_v\.")
 
 
 def open_source(files: TensorFiles, model_class: str) -> PublishedSource:
@@ -34,7 +37,8 @@ def open_source(files: TensorFiles, model_class: str) -> PublishedSource:
     Raises CheckpointError when metadata, names, shapes or dtypes do not fit, with what does not.
     """
     _check_class(files, model_class)
-    config = _config(files)
+    config = _config(files, model_class)
+    check_sizes(files.path, config, len(files))
     scales = (name for name in files if name.endswith(".wscales"))
     precision = "nvfp4" if any(files.dtype(name) == "F8_E4M3" for name in scales) else "int4"
     rank = _rank(files)
@@ -46,7 +50,7 @@ def open_source(files: TensorFiles, model_class: str) -> PublishedSource:
     canonical = details.metadata()
     if "comfy_config" in files.metadata:
         canonical["comfy_config"] = files.metadata["comfy_config"]
-    return PublishedSource(files, layers, canonical, exact.read(files))
+    return PublishedSource(files, layers, canonical, LAYOUT, exact.read(files))
 
 
 def pieces_for(
@@ -57,13 +61,13 @@ def pieces_for(
     if model_class == "FluxTransformer2DModel":
         return nunchaku_flux.pieces(config, precision, rank)
     if model_class == "SanaTransformer2DModel":
-        pag = {int(name.split(".")[1]) for name in names if ".pag_to_v." in name}
+        pag = {int(found[1]) for name in names if (found := _PAG_LAYER.search(name)) is not None}
         return nunchaku_sana.pieces(config, precision, rank, sorted(pag))
     raise CheckpointError(f"{model_class}: nunchaku's layout is known for {' and '.join(CLASSES)} only")
 
 
-def metadata(source: Source, details: Quantization) -> dict[str, str]:
-    """Metadata of a published single file of `source`."""
+def metadata(details: Quantization, comfy_config: str | None = None) -> dict[str, str]:
+    """Metadata of a published single file; `comfy_config` is that of the file it came from, if any."""
     weight = _ACTIVATION[details.weight]
     nvfp4 = details.weight == "nvfp4"
     quantization = {
@@ -81,7 +85,7 @@ def metadata(source: Source, details: Quantization) -> dict[str, str]:
         "rank": details.rank,
     }
     config = {"_class_name": details.model_class, **details.config}
-    comfy = source.metadata.get("comfy_config") or json.dumps(_comfy_config(details), indent=2)
+    comfy = comfy_config or json.dumps(_comfy_config(details), indent=2)
     return {
         "config": json.dumps(config, indent=2),
         "comfy_config": comfy,
@@ -121,18 +125,17 @@ def _comfy_config(details: Quantization) -> dict[str, Any]:
 
 def _check_class(files: TensorFiles, model_class: str) -> None:
     named = files.metadata.get("model_class")
-    if named not in (None, model_class, CLASSES.get(model_class)):
+    own = CLASSES[model_class]
+    if named not in (None, model_class, own, own.replace("2dModel", "2DModelV2")):
         raise CheckpointError(f"{files.path}: made for {named}, but its tensors are those of {model_class}")
 
 
-def _config(files: TensorFiles) -> dict[str, Any]:
+def _config(files: TensorFiles, model_class: str) -> dict[str, Any]:
     text = files.metadata.get("config")
     if text is None:
         file = files.path / "config.json" if files.path.is_dir() else None
         if file is None or not file.is_file():
-            raise CheckpointError(
-                f"{files.path}: no model config: a single file carries it in its metadata, a folder in config.json"
-            )
+            return _config_from_shapes(files, model_class)
         text = file.read_text(encoding="utf-8", errors="replace")
     try:
         config = json.loads(text)
@@ -141,6 +144,18 @@ def _config(files: TensorFiles) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{files.path}: its model config is not a JSON object")
     return {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
+
+
+def _config_from_shapes(files: TensorFiles, model_class: str) -> dict[str, Any]:
+    """FLUX.1's sizes all show in its tensors; SANA's attention heads do not."""
+    try:
+        if model_class == "FluxTransformer2DModel":
+            return nunchaku_flux.config_of({name: files.shape(name) for name in files})
+    except (KeyError, IndexError, ZeroDivisionError):
+        pass
+    raise CheckpointError(
+        f"{files.path}: no model config: a single file carries it in its metadata, a folder in config.json"
+    )
 
 
 def _rank(files: TensorFiles) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engine.checkpoint.awq import AwqPiece
 from engine.checkpoint.linears import Part, SvdqPiece
 from engine.checkpoint.pieces import Copy, Piece
 
-__all__ = ["BLOCKS", "dense_pieces", "pieces"]
+__all__ = ["BLOCKS", "config_of", "dense_pieces", "pieces"]
 
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
@@ -26,6 +26,33 @@ def pieces(config: Mapping[str, Any], precision: str, rank: int) -> list[Piece]:
     for index in range(config["num_single_layers"]):
         layers += _single(f"single_transformer_blocks.{index}", width, head, precision, rank)
     return layers + dense_pieces(config)
+
+
+def config_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The diffusers config of a file without one, from the shapes of its stored tensors.
+
+    Raises KeyError or IndexError when a tensor that tells a size is not there.
+    """
+    head = next(shape[0] for name, shape in shapes.items() if name.endswith(".norm_q.weight"))
+    width, channels = shapes["x_embedder.weight"]
+    return {
+        "patch_size": 1,
+        "in_channels": channels,
+        "out_channels": shapes["proj_out.weight"][0],
+        "num_layers": _count(shapes, BLOCKS[0]),
+        "num_single_layers": _count(shapes, BLOCKS[1]),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        # An eighth of a head's channels turns with the picture's index, the others with row and column.
+        "axes_dims_rope": [head // 8, head // 16 * 7, head // 16 * 7],
+    }
+
+
+def _count(names: Iterable[str], start: str) -> int:
+    return len({name.split(".")[1] for name in names if name.startswith(start)})
 
 
 def dense_pieces(config: Mapping[str, Any]) -> list[Piece]:

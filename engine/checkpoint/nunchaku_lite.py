@@ -18,7 +18,7 @@ from engine.checkpoint.awq import AwqPiece
 from engine.checkpoint.files import TensorFiles
 from engine.checkpoint.linears import GROUPS, Part, SvdqPiece
 from engine.checkpoint.lite_linears import LITE_NAMES, DenseProjOutPiece, LiteSvdqPiece, ProjOutPiece
-from engine.checkpoint.pieces import Copy, Piece
+from engine.checkpoint.pieces import Copy, Piece, same_bits
 from engine.checkpoint.quantization import RECORDS, Quantization
 from engine.checkpoint.source import PublishedSource, Source
 from engine.errors import CheckpointError
@@ -64,7 +64,7 @@ def open_source(files: TensorFiles) -> PublishedSource:
     details = Quantization(
         model_class, plain, precision, GROUPS[precision], rank, _kept(files), shared_inputs=_share(files, svdq)
     )
-    return PublishedSource(files, layers, details.metadata(), exact.read(files))
+    return PublishedSource(files, layers, details.metadata(), METHOD, exact.read(files))
 
 
 def pieces_for(source: Source, details: Quantization) -> list[Piece]:
@@ -73,17 +73,20 @@ def pieces_for(source: Source, details: Quantization) -> list[Piece]:
     covered: set[str] = set()
     linears = {name.removesuffix(".codes") for name in source if name.endswith(".codes")}
     split = {name.removesuffix(".attn") for name in linears if name.endswith(".proj_out.attn")}
-    stored_rank = 2 * details.rank if split else details.rank
+    of: dict[str, set[str]] = {}
+    for other in source:
+        of.setdefault(other.rpartition(".")[0], set()).add(other)
+    stored_rank = 2 * details.rank if any(_have_own_ups(source, name) for name in split) else details.rank
     for name in sorted(linears):
         n, k = source.shape(f"{name}.codes")[0], source.shape(f"{name}.codes")[1] * 2
-        covered |= {other for other in source if other.rpartition(".")[0] == name}
+        covered |= of[name]
         if f"{name}.zeros" in source:
             layers.append(AwqPiece(name, name, n, k, bias=f"{name}.bias" in source))
         elif name.rpartition(".")[0] not in split:
             layers.append(_lite(name, n, k, f"{name}.bias" in source, details.weight, details.rank, stored_rank))
     for name in sorted(split):
         width = source.shape(f"{name}.attn.codes")[0]
-        layers.append(ProjOutPiece(name, width, details.weight, details.rank, 2 * details.rank))
+        layers.append(ProjOutPiece(name, width, details.weight, details.rank, stored_rank))
     for name in sorted(name.removesuffix(".attn.weight") for name in source if name.endswith(".proj_out.attn.weight")):
         piece = DenseProjOutPiece(name, source.shape(f"{name}.attn.weight")[0])
         layers.append(piece)
@@ -92,6 +95,12 @@ def pieces_for(source: Source, details: Quantization) -> list[Piece]:
         if not name.startswith(RECORDS) and ".pag_to_v." not in name:
             layers.append(Copy(name, name, source.shape(name)))
     return layers
+
+
+def _have_own_ups(source: Source, name: str) -> bool:
+    """Whether the halves of `proj_out` have low-rank branches of their own: halves of one branch share its rows."""
+    ups = [f"{name}.{half}.lora_up" for half in ("attn", "mlp")]
+    return all(up in source for up in ups) and not same_bits(source[ups[0]], source[ups[1]])
 
 
 def config_of(details: Quantization, layers: Sequence[Piece], dtype: torch.dtype) -> dict[str, Any]:
@@ -131,12 +140,13 @@ def _read_pieces(
 ) -> list[Piece]:
     layers: list[Piece] = []
     covered: set[str] = set()
-    for name in [*_targets(svdq), *_targets(awq)]:
+    weight_only = set(_targets(awq))
+    for name in dict.fromkeys([*_targets(svdq), *_targets(awq)]):
         weight = f"{name}.qweight"
         shape = files.shape(weight) if weight in files else ()
         if len(shape) != 2 or not all(shape):
             raise CheckpointError(f"{files.path}: {name} is listed as 4-bit, but {weight} is missing or not a matrix")
-        if name in _targets(awq):
+        if name in weight_only:
             piece: Piece = AwqPiece(name, name, shape[0] * 4, shape[1] * 2, bias=f"{name}.bias" in files)
         elif model_class == _FLUX and name.startswith("single_") and name.endswith(".proj_out"):
             piece = ProjOutPiece(name, shape[0], precision, rank, stored_rank)

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 
 from engine.errors import CheckpointError
 
-__all__ = ["FORMAT", "RECORDS", "Quantization", "read_quantization"]
+__all__ = ["FORMAT", "RECORDS", "Quantization", "check_sizes", "read_quantization"]
 
 FORMAT = "nibble-canonical"
 # Tensors under this prefix only serve to write a published file again bit for bit; no model reads them.
 RECORDS = "published."
+_MAX_SIZE, _MAX_SIDE = 2**20, 512
 
 
 class _WithMetadata(Protocol):
@@ -56,6 +57,19 @@ class Quantization:
         }
 
 
+def check_sizes(path: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """Refuse sizes that no model of so many `tensors` has, before anything of such a size is built.
+
+    Raises CheckpointError naming the entry of the model's configuration.
+    """
+    for key, value in config.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        limit = tensors if key.endswith("_layers") else _MAX_SIDE if key == "sample_size" else _MAX_SIZE
+        if not abs(value) <= limit:
+            raise CheckpointError(f"{path}: its model config says {key} = {value!r}, expected at most {limit}")
+
+
 def read_quantization(files: _WithMetadata) -> Quantization:
     """Read the metadata of a canonical checkpoint; raises CheckpointError when it is of another kind."""
     data = files.metadata
@@ -75,5 +89,5 @@ def read_quantization(files: _WithMetadata) -> Quantization:
             keep=tuple(details.get("keep_16bit", ())),
             shared_inputs=bool(details.get("shared_inputs", True)),
         )
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{files.path}: its metadata is incomplete or damaged ({error!r})") from error

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from engine.checkpoint.exact import Exact, checksum, is_record
 from engine.checkpoint.files import TensorFiles, all_finite, check_keys
 from engine.checkpoint.pieces import Piece, Stored
 from engine.checkpoint.quantization import RECORDS
 from engine.errors import CheckpointError
 
-__all__ = ["PublishedSource", "Source", "check_stored", "header_dtype"]
+__all__ = ["FACTORS", "PublishedSource", "Source", "check_stored", "header_dtype"]
 
 _HEADER_NAMES = {
     "BF16": torch.bfloat16,
@@ -30,6 +31,9 @@ _HEADER_NAMES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+# Scales of a whole NVFP4 weight and of its rows: layouts spell them in different ways.
+FACTORS = (".wtscale", ".wcscales")
 
 
 class Source(Protocol):
@@ -46,11 +50,11 @@ class Source(Protocol):
 
 
 class PublishedSource:
-    """The canonical view of the files of a published checkpoint made of `pieces`.
+    """The canonical view of the files of a published checkpoint in `layout`, made of `pieces`.
 
-    `metadata` is that of the canonical form. `exact` holds canonical tensors that the published form rounds and that
-    its writer therefore put into the metadata. Tensors of the layer read last are kept, since callers ask by layer.
-    Raises CheckpointError when stored names, shapes or dtypes are not those of `pieces`.
+    `metadata` is that of the canonical form. `exact` holds canonical vectors that the published form rounds or has no
+    place for, and that its writer therefore put into the metadata. Tensors of the layer read last are kept, since
+    callers ask by layer. Raises CheckpointError when stored names, shapes or dtypes are not those of `pieces`.
     """
 
     def __init__(
@@ -58,17 +62,20 @@ class PublishedSource:
         files: TensorFiles,
         pieces: Sequence[Piece],
         metadata: Mapping[str, str],
-        exact: Mapping[str, Tensor] | None = None,
+        layout: str,
+        exact: Mapping[str, Exact] | None = None,
     ) -> None:
         check_stored(files, pieces)
-        self.files, self.pieces = files, tuple(pieces)
+        self.files, self.pieces, self.layout = files, tuple(pieces), layout
         self.path = files.path
         self.metadata = dict(metadata)
         self._exact = dict(exact or {})
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.records = {name: value for name, (value, _) in self._exact.items() if is_record(name, value)}
+        self._shapes: dict[str, tuple[int, ...]] = {name: (0,) for name in self.records}
         self._owner: dict[str, Piece] = {}
+        self._added: dict[str, dict[str, Tensor]] = {}
         for piece in self.pieces:
-            for name, shape in (piece.canonical() | self._present(piece)).items():
+            for name, shape in self._names(piece).items():
                 self._shapes[name], self._owner[name] = shape, piece
         self._last: tuple[Piece, dict[str, Tensor]] | None = None
 
@@ -99,6 +106,8 @@ class PublishedSource:
         return self._shapes[name]
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self.records:
+            return self.records[name]
         if name not in self._owner:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
         piece = self._owner[name]
@@ -106,6 +115,13 @@ class PublishedSource:
             self._last = None
             self._last = (piece, self.decode(piece, self.read(piece)))
         return self._last[1][name]
+
+    def as_stored(self, piece: Piece, layout: str) -> dict[str, Tensor] | None:
+        """What these files hold for a layer that `piece` would write in just this form; None where forms differ."""
+        own = self._owner.get(_key(piece))
+        if layout != self.layout or own is None or own.stored() != piece.stored():
+            return None
+        return self.read(own) if own.canonical() == piece.canonical() else None
 
     def read(self, piece: Piece) -> dict[str, Tensor]:
         """The stored tensors of a piece; raises CheckpointError when one holds NaN or infinity."""
@@ -122,22 +138,74 @@ class PublishedSource:
     def decode(self, piece: Piece, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Canonical tensors of a piece from its stored ones, with exact values from the metadata."""
         tensors = piece.decode(raw)
-        for name in self._exact.keys() & tensors.keys():
-            exact = self._exact[name].to(tensors[name].device)
+        added = self._added.get(_key(piece), {})
+        if added:
+            like = next(iter(tensors.values())).device
+            spelled = {name.rpartition(".")[0] for name in added if name.endswith(FACTORS)}
+            tensors = {
+                n: t for n, t in tensors.items() if not (n.endswith(FACTORS) and n.rpartition(".")[0] in spelled)
+            }
+            tensors |= {name: value.to(like) for name, value in added.items() if value.numel()}
+            _take_apart(tensors, added)
+        for name in self._exact.keys() & (tensors.keys() - added.keys()):
+            exact = self._exact[name].value.to(tensors[name].device)
             if _agree(tensors[name], exact, raw):
                 tensors[name] = exact
         return tensors
 
-    def _present(self, piece: Piece) -> dict[str, tuple[int, ...]]:
-        """Optional canonical tensors that this file has; only small tensors are looked at."""
-        optional = piece.optional()
+    def exact_of(self, piece: Piece) -> dict[str, Exact]:
+        """What the metadata holds for the tensors of a piece."""
+        names = piece.canonical().keys() | piece.optional().keys()
+        return {name: self._exact[name] for name in names & self._exact.keys()}
+
+    def _names(self, piece: Piece) -> dict[str, tuple[int, ...]]:
+        """Canonical tensors that this file has of a piece, with their shapes; only stored vectors are looked at."""
+        shapes, optional = piece.canonical(), piece.optional()
         if not optional:
-            return {}
+            return shapes
         small = {
             name: self.files[name] for name in piece.stored() if name in self.files and len(self.files.shape(name)) == 1
         }
         there = piece.present(small)
-        return {name: shape for name, shape in optional.items() if name in there}
+        shapes |= {name: shape for name, shape in optional.items() if name in there}
+        added = self._fitting(shapes, optional, small)
+        if added:
+            self._added[_key(piece)] = added
+            shapes = _without_factors(shapes, added) | {
+                name: optional[name] for name, value in added.items() if value.numel()
+            }
+        return shapes
+
+    def _fitting(
+        self, there: Mapping[str, Any], optional: Mapping[str, tuple[int, ...]], small: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Vectors from the metadata that the stored form lacks or spells otherwise, as far as they belong to it."""
+        mine = {name: self._exact[name] for name in optional if name in self._exact}
+        mine = {name: found for name, found in mine.items() if name not in there or name.endswith(FACTORS)}
+        crc = checksum(small) if mine else 0
+        return {
+            name: value
+            for name, (value, belongs) in mine.items()
+            if belongs == crc and tuple(value.shape) in (optional[name], (0,))
+        }
+
+
+def _key(piece: Piece) -> str:
+    return next(iter(piece.canonical()))
+
+
+def _without_factors(found: Mapping[str, Any], added: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`found` without the scale factors of linears whose factors are in `added`."""
+    spelled = {name.rpartition(".")[0] for name in added if name.endswith(FACTORS)}
+    return {name: v for name, v in found.items() if not (name.endswith(FACTORS) and name.rpartition(".")[0] in spelled)}
+
+
+def _take_apart(tensors: dict[str, Tensor], added: Mapping[str, Tensor]) -> None:
+    """proj_out's two halves may each have a bias, of which nunchaku_lite stores the sum."""
+    for name, bias in added.items():
+        whole = name.removesuffix(".attn.bias") + ".mlp.bias"
+        if name.endswith(".proj_out.attn.bias") and whole in tensors:
+            tensors[whole] = (tensors[whole].double() - bias.to(tensors[whole].device).double()).float()
 
 
 def check_stored(files: TensorFiles, pieces: Sequence[Piece]) -> None:

@@ -16,6 +16,7 @@ __all__ = ["GROUP", "MODEL_CLASS", "metadata", "open_source", "pieces_for"]
 
 MODEL_CLASS = "T5EncoderModel"
 GROUP = 128
+LAYOUT = "nunchaku"
 
 
 def open_source(files: TensorFiles) -> PublishedSource:
@@ -41,7 +42,7 @@ def open_source(files: TensorFiles) -> PublishedSource:
     own = {f"{name}.{part}" for name in linears for part in ("qweight", "scales", "scaled_zeros")}
     others = {name: shape for name, shape in shapes.items() if name not in own}
     details = Quantization(MODEL_CLASS, config, "awq-int4", GROUP, 0)
-    return PublishedSource(files, _pieces(linears, others), details.metadata())
+    return PublishedSource(files, _pieces(linears, others), details.metadata(), LAYOUT)
 
 
 def pieces_for(source: Source) -> list[Piece]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import exact, nunchaku, nunchaku_flux, nunchaku_lite, t5
+from engine.checkpoint.exact import Exact
 from engine.checkpoint.files import replacing
 from engine.checkpoint.layouts import open_checkpoint
 from engine.checkpoint.pieces import Piece, same_bits
 from engine.checkpoint.quantization import RECORDS, Quantization, read_quantization
-from engine.checkpoint.source import PublishedSource, Source
+from engine.checkpoint.source import FACTORS, PublishedSource, Source
 from engine.checkpoint.writer import FileWriter, FolderWriter
 from engine.errors import ArgumentError, CheckpointError
 
@@ -95,6 +96,7 @@ def _canonical(source: Source, tell: Progress) -> Iterator[tuple[str, Tensor]]:
             elif name not in written or not same_bits(raw[name], written[name]):
                 yield RECORDS + name, raw[name]
         tell(done, len(source.pieces))
+    yield from source.records.items()
 
 
 def _write_nunchaku(source: Source, details: Quantization, target: Path, tell: Progress) -> None:
@@ -105,15 +107,15 @@ def _write_nunchaku(source: Source, details: Quantization, target: Path, tell: P
         )
     layers = nunchaku.pieces_for(details.model_class, details.config, details.weight, details.rank, list(source))
     _refuse_leftovers(source, layers)
-    metadata = nunchaku.metadata(source, details)
+    metadata = nunchaku.metadata(details, source.metadata.get("comfy_config"))
     if target.suffix == _SUFFIX:
-        _write_file(source, layers, target, metadata, tell)
+        _write_file(source, layers, target, nunchaku.LAYOUT, metadata, tell)
         return
     blocks = [piece for piece in layers if all(name.startswith(nunchaku_flux.BLOCKS) for name in piece.stored())]
     rest = [piece for piece in layers if piece not in blocks]
     with replacing(target) as folder:
-        _write_file(source, blocks, folder / nunchaku.LEGACY_BLOCKS, {}, tell)
-        _write_file(source, rest, folder / nunchaku.LEGACY_REST, {}, lambda *_: None)
+        _write_file(source, blocks, folder / nunchaku.LEGACY_BLOCKS, nunchaku.LAYOUT, {}, tell)
+        _write_file(source, rest, folder / nunchaku.LEGACY_REST, nunchaku.LAYOUT, {}, lambda *_: None)
         (folder / "config.json").write_text(metadata["config"] + "\n", encoding="utf-8")
         (folder / "comfy_config.json").write_text(metadata["comfy_config"] + "\n", encoding="utf-8")
 
@@ -123,7 +125,7 @@ def _write_t5(source: Source, details: Quantization, target: Path, to: Target, t
         raise ArgumentError(
             f"target: a published T5 encoder is one .safetensors file written --to nunchaku, got {target}"
         )
-    _write_file(source, t5.pieces_for(source), target, t5.metadata(details), tell)
+    _write_file(source, t5.pieces_for(source), target, t5.LAYOUT, t5.metadata(details), tell)
 
 
 def _write_lite(source: Source, details: Quantization, target: Path, tell: Progress) -> None:
@@ -131,52 +133,84 @@ def _write_lite(source: Source, details: Quantization, target: Path, tell: Progr
     smooth = next((name for name in source if name.endswith(".smooth")), None)
     dtype = source[smooth].dtype if smooth else torch.bfloat16
     metadata = {"format": "pt"}
-    if any(isinstance(piece, nunchaku_lite.ProjOutPiece) for piece in layers):
+    if any(isinstance(piece, nunchaku_lite.ProjOutPiece) and piece.joined for piece in layers):
         metadata[nunchaku_lite.RANK_KEY] = str(details.rank)
     with replacing(target) as folder:
-        _write_file(source, layers, folder / nunchaku_lite.FILE, metadata, tell)
+        _write_file(source, layers, folder / nunchaku_lite.FILE, nunchaku_lite.METHOD, metadata, tell)
         config = nunchaku_lite.config_of(details, layers, dtype)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_file(
-    source: Source, layers: Sequence[Piece], path: Path, metadata: Mapping[str, str], tell: Progress
+    source: Source, layers: Sequence[Piece], path: Path, layout: str, metadata: Mapping[str, str], tell: Progress
 ) -> None:
     names = [name for piece in layers for name in piece.stored()]
-    kept: dict[str, Tensor] = {}
-    # Exact biases travel in the header as base64: at most all 1-D tensors there are, as float32.
-    room = sum(8 * source.shape(name)[0] + 160 for name in source if name.endswith(".bias") and source.shape(name))
+    kept = _absent(source) if layout == nunchaku_lite.METHOD else {}
+    # Exact vectors travel in the header as base64: at most all 1-D tensors there are, as float32.
+    vectors = (source.shape(name)[0] for name in source if name.endswith(_VECTORS) and source.shape(name))
+    room = sum(8 * size + 160 for size in vectors) + sum(len(name) + 32 for name in kept)
     with FileWriter(path, len(names), room, metadata) as out:
         for done, piece in enumerate(layers, start=1):
-            for name, tensor in _stored(source, piece, kept).items():
+            for name, tensor in _stored(source, piece, layout, kept).items():
                 out.add(name, tensor)
             tell(done, len(layers))
         out.metadata |= exact.write(kept)
 
 
-def _stored(source: Source, piece: Piece, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+def _absent(source: Source) -> dict[str, Exact]:
+    """Optional tensors that the published file this comes from does not have, which its layout would have room for."""
+    if not isinstance(source, PublishedSource):
+        return {name: Exact(source[name]) for name in source if name.startswith(RECORDS) and source.shape(name) == (0,)}
+    if source.layout == nunchaku_lite.METHOD:
+        return {name: Exact(value) for name, value in source.records.items()}
+    names = [name for piece in source.pieces for name in piece.stored() if name.endswith(".smooth_orig")]
+    return {RECORDS + name: Exact(exact.ABSENT) for name in names if name not in source.files}
+
+
+def _stored(source: Source, piece: Piece, layout: str, kept: dict[str, Exact]) -> dict[str, Tensor]:
     """Stored tensors of a piece, read back and compared; canonical values they would lose go into `kept`."""
+    if isinstance(source, PublishedSource) and (same := source.as_stored(piece, layout)) is not None:
+        kept.update(source.exact_of(piece))
+        return same
     tensors = {name: source[name] for name in (*piece.canonical(), *piece.optional()) if name in source}
     stored = piece.encode(tensors)
     records = {name: source[RECORDS + name] for name in piece.stored() if RECORDS + name in source}
     if records:
         absent = {name for name, tensor in records.items() if not tensor.numel()}
         trial = {name: tensor for name, tensor in (stored | records).items() if name not in absent}
-        if _same_layer(piece.decode(trial), tensors):
+        if _fits(piece, trial) and _same_layer(piece.decode(trial), tensors):
             stored = trial
-    back = piece.decode(stored)
-    for name, tensor in tensors.items():
-        if name in back and same_bits(back[name], tensor):
-            continue
-        if name.endswith(".bias") and name in back:
-            kept[name] = tensor
-        elif not name.endswith(_REPLACEABLE):
-            raise CheckpointError(f"{source.path}: {name} does not survive in the layout that was asked for")
+    kept.update(_lost(source, piece, tensors, stored))
     return stored
 
 
-# Factors that one layout spells as the other, and calibration values that some do not store.
-_REPLACEABLE = (".wtscale", ".wcscales", ".smooth_orig", ".proj_out.attn.bias")
+def _fits(piece: Piece, stored: Mapping[str, Tensor]) -> bool:
+    """Whether recorded tensors have the shapes of this layout: they may be those of another."""
+    return all(kind.fits(tuple(stored[name].shape)) for name, kind in piece.stored().items() if name in stored)
+
+
+_VECTORS = (".bias", ".smooth_orig", *FACTORS)
+
+
+def _lost(
+    source: Source, piece: Piece, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]
+) -> dict[str, Exact]:
+    """Vectors of `tensors` that reading `stored` would not give back. Raises CheckpointError for any other loss."""
+    back = piece.decode(stored)
+    lost = {name for name, tensor in tensors.items() if name not in back or not same_bits(back[name], tensor)}
+    if unsaved := sorted(name for name in lost if not name.endswith(_VECTORS)):
+        raise CheckpointError(f"{source.path}: {unsaved[0]} does not survive in the layout that was asked for")
+    extra = {name for name in back.keys() - tensors.keys() if name.endswith(FACTORS)}
+    linears = {name.rpartition(".")[0] for name in lost | extra if name.endswith(FACTORS)}
+    lost |= {name for name in tensors if name.endswith(FACTORS) and name.rpartition(".")[0] in linears}
+    crc = exact.checksum(stored)
+    kept = {name: Exact(tensors[name], None if _rounded(name, back) else crc) for name in lost}
+    return kept | {name: Exact(exact.ABSENT, crc) for name in extra}
+
+
+def _rounded(name: str, back: Mapping[str, Tensor]) -> bool:
+    """Whether the stored form has the vector, with fewer bits."""
+    return name in back and name.endswith(".bias")
 
 
 def _same_layer(back: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:

@@ -41,8 +41,9 @@ def convert_lora(
     with closing(open_checkpoint(quant_path)) as source:
         tensors, unmatched = to_runtime(lora, source)
     if unmatched and strict:
+        named = "the LoRA" if isinstance(lora_path, LoraWeights) else lora_path
         raise CheckpointError(
-            f"{lora_path}: {len(unmatched)} of its modules match nothing in the model: {_some(unmatched)}"
+            f"{named}: {len(unmatched)} of its modules match nothing in the model: {_some(unmatched)}"
         )
     with FileWriter(target, len(tensors)) as out:
         for name, tensor in tensors.items():

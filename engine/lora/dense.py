@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import ArgumentError
@@ -36,10 +37,14 @@ class DenseMerge:
         self._weight, self._bias = layer.weight, layer.bias
         self._width = layer.in_features
         device = layer.weight.device
-        self._deltas = [(i, f.down.to(device, torch.float32), f.up.to(device, torch.float32)) for i, f in deltas]
+        width = max([self._width, *(found.down.shape[1] for _, found in deltas)])
+        # All LoRAs as one: ranks side by side, and whose each is, so that a new strength costs one product.
+        self._down = _joined([F.pad(f.down.float(), (0, width - f.down.shape[1])) for _, f in deltas], 0, device)
+        self._up = _joined([found.up.float() for _, found in deltas], 1, device)
+        owners = [index for index, found in deltas for _ in range(len(found.down))]
+        self._owner = torch.tensor(owners, dtype=torch.long, device=device)
         self._biases = [(i, bias.to(device, torch.float32)) for i, bias in biases]
-        width = max([self._width, *(down.shape[1] for _, down, _ in self._deltas)])
-        self._base = nn.functional.pad(self._weight.detach().float(), (0, width - self._width))
+        self._base = F.pad(self._weight.detach().float(), (0, width - self._width))
         layer.weight = nn.Parameter(self._base.to(self._weight.dtype), requires_grad=False)
         if self._biases:
             like = torch.zeros(layer.out_features, device=device) if self._bias is None else self._bias.detach()
@@ -48,12 +53,9 @@ class DenseMerge:
 
     def apply(self, strengths: Sequence[float]) -> None:
         """Set weight and bias for these strengths, in place."""
-        total = self._base
-        for index, down, up in self._deltas:
-            part = up * strengths[index]
-            total = total.clone() if total is self._base else total
-            total[:, : down.shape[1]].addmm_(part, down)
-        self._layer.weight.data.copy_(total)
+        if self._up is not None and self._down is not None:
+            scales = torch.tensor(strengths, device=self._up.device)[self._owner]
+            self._layer.weight.data.copy_(torch.addmm(self._base, self._up * scales, self._down))
         if self._biases:
             base = torch.zeros_like(self._biases[0][1]) if self._bias is None else self._bias.detach().float()
             for index, bias in self._biases:
@@ -73,6 +75,10 @@ class DenseMerge:
         if hasattr(model, "register_to_config"):
             # Pipelines ask the config how many channels to prepare.
             model.register_to_config(in_channels=width)
+
+
+def _joined(parts: Sequence[Tensor], dim: int, device: torch.device) -> Tensor | None:
+    return torch.cat(list(parts), dim).to(device) if parts else None
 
 
 class NormSwap:

@@ -42,6 +42,11 @@ class ModelSource:
 
     def __getitem__(self, name: str) -> Tensor:
         module, _, part = name.rpartition(".")
+        if part not in ("lora_down", "lora_up"):
+            raise CheckpointError(
+                f"{self.path}: it holds a bias for {module}, which only the checkpoint's file tells apart from its own;"
+                " load the LoRA it was converted from"
+            )
         if module not in self._where:
             raise CheckpointError(f"{self.path}: the model has no 4-bit linear {module!r}, which this LoRA is for")
         layer, rows = self._where[module]

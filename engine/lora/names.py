@@ -26,10 +26,11 @@ _SUFFIXES = {
     ".key_norm.scale": "key_norm",
 }
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
-_FLAT = ("lora_unet_", "lora_transformer_")
+_FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
 # Text encoders have LoRAs of their own, and some trainers save what is no low-rank delta of the transformer.
 _FOREIGN_STARTS = ("lora_te", "text_encoder", "te1.", "te2.", "clip_l.", "t5xxl.")
-_FOREIGN_PARTS = (".diff_b", ".diff", "position_embedding", "text_projection")
+_FOREIGN_ENDS = (".diff_b", ".diff")
+_FOREIGN_PARTS = ("position_embedding", "text_projection")
 
 _QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 _ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -103,7 +104,8 @@ class Key:
 
 def is_foreign(key: str) -> bool:
     """Whether a tensor is not for the transformer, or no low-rank delta; such ones are left out and listed."""
-    return key.startswith(_FOREIGN_STARTS) or any(part in key for part in _FOREIGN_PARTS)
+    starts, ends = key.startswith(_FOREIGN_STARTS), key.endswith(_FOREIGN_ENDS)
+    return starts or ends or any(part in key for part in _FOREIGN_PARTS)
 
 
 def parse(key: str) -> Key | None:

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from engine.checkpoint import packing
 from engine.checkpoint.awq import AwqPiece
+from engine.checkpoint.folding import outputs, smooth_in_values
 from engine.checkpoint.linears import SvdqPiece
 from engine.checkpoint.nunchaku import pieces_for
 from engine.checkpoint.packing import pad, round_up
-from engine.checkpoint.pieces import Piece
+from engine.checkpoint.pieces import Copy, Piece
 from engine.checkpoint.quantization import read_quantization
 from engine.checkpoint.source import Source
 from engine.errors import CheckpointError
+from engine.lora.folded import into_folded, out_of_folded
 from engine.lora.fuse import FUSED, add_ranks, pad_rank, part_factors, stack_rows
 from engine.lora.weights import Factors, LoraWeights
 
@@ -34,6 +36,7 @@ def to_runtime(lora: LoraWeights, source: Source) -> tuple[dict[str, Tensor], li
     Raises CheckpointError when shapes differ or the checkpoint has no such layout.
     """
     pieces = _pieces(source)
+    lora = into_folded(lora, _folded(source))
     used: set[str] = set()
     layers = {piece.prefix: _w4a4(piece, lora, source, used) for piece in pieces if isinstance(piece, SvdqPiece)}
     found = {prefix: factors for prefix, factors in layers.items() if factors is not None}
@@ -46,13 +49,17 @@ def to_runtime(lora: LoraWeights, source: Source) -> tuple[dict[str, Tensor], li
             tensors |= _bias(piece, lora, source, used)
         elif isinstance(piece, AwqPiece):
             tensors |= _modulation(piece, lora, source, used)
-    outside = {name for piece in pieces if not isinstance(piece, SvdqPiece | AwqPiece) for name in piece.canonical()}
+            tensors |= _bias(piece, lora, source, used)
+    copies = {
+        name: piece for piece in pieces if not isinstance(piece, SvdqPiece | AwqPiece) for name in piece.canonical()
+    }
     inside = frozenset(used)
     for key, tensor in lora.tensors(prefix="").items():
         module = key.rpartition(".lora_")[0] or key.removesuffix(".weight")
-        if module not in inside and f"{module}.weight" in outside:
+        if module not in inside and (piece := copies.get(f"{module}.weight")) is not None:
             used.add(module)
-            tensors[key] = tensor
+            # Norms have a place of their own in the blocks; other layers keep the names of their LoRA.
+            tensors[piece.source if isinstance(piece, Copy) and key == piece.name else key] = tensor
     return tensors, [module for module in lora.modules if not _is_used(module, used)]
 
 
@@ -63,25 +70,47 @@ def from_runtime(tensors: Mapping[str, Tensor], source: Source) -> LoraWeights:
     """
     lora, known = LoraWeights(), set()
     for piece in _pieces(source):
-        if not isinstance(piece, SvdqPiece | AwqPiece):
-            continue
-        names = {part: f"{piece.prefix}.{part}" for part in ("lora_down", "lora_up")}
-        if names["lora_down"] not in tensors or names["lora_up"] not in tensors:
-            continue
-        known |= set(names.values())
-        down, up = (tensors[name] for name in names.values())
-        if isinstance(piece, AwqPiece):
-            rows = up.view(-1, piece.chunks, up.shape[1]).transpose(0, 1).reshape(up.shape)
-            lora.factors[piece.name] = Factors(down, rows)
-        else:
-            _unpacked(piece, packing.unpack_lora_down(down), packing.unpack_lora_up(up), source, lora)
+        if isinstance(piece, SvdqPiece | AwqPiece):
+            known |= _layer(piece, tensors, source, lora)
+        elif isinstance(piece, Copy) and piece.source in tensors and ".norm_" in piece.source:
+            known.add(piece.source)
+            lora.norms[piece.name.removesuffix(".weight")] = tensors[piece.source]
     for key in sorted(set(tensors) - known):
         module, _, kind = key.rpartition(".lora_")
         if kind == "A.weight" and f"{module}.lora_B.weight" in tensors:
             lora.factors[module] = Factors(tensors[key], tensors[f"{module}.lora_B.weight"])
+        elif kind == "B.bias":
+            lora.biases[module] = tensors[key]
         elif kind != "B.weight":
             lora.left_out.append(key)
-    return lora
+    return out_of_folded(lora, _folded(source))
+
+
+def _layer(piece: SvdqPiece | AwqPiece, tensors: Mapping[str, Tensor], source: Source, lora: LoraWeights) -> set[str]:
+    """Add what the file holds for one layer to `lora`; returns the keys it was under."""
+    down, up, bias = (f"{piece.prefix}.{part}" for part in ("lora_down", "lora_up", "bias"))
+    known = set()
+    if down in tensors and up in tensors:
+        known |= {down, up}
+        if isinstance(piece, AwqPiece):
+            rows = tensors[up].view(-1, piece.chunks, tensors[up].shape[1]).transpose(0, 1).reshape(tensors[up].shape)
+            lora.factors[piece.name] = Factors(tensors[down], rows)
+        else:
+            factors = packing.unpack_lora_down(tensors[down]), packing.unpack_lora_up(tensors[up])
+            _unpacked(piece, *factors, source, lora)
+    if bias in tensors:
+        known.add(bias)
+        delta = _in_plain_order(piece, tensors[bias].float()) - _stored_bias(piece, source)[0]
+        for name, rows in _bias_rows(piece).items():
+            # proj_out has one bias: that of its attention half counts for the whole.
+            lora.biases[name.removesuffix(".attn") if name.endswith(".proj_out.attn") else name] = delta[rows]
+    return known
+
+
+def _folded(source: Source) -> dict[str, Tensor]:
+    names = outputs([name.removesuffix(".smooth_orig") for name in source if name.endswith(".smooth_orig")])
+    found = {name: smooth_in_values(source, name) for name in names}
+    return {name: smooth for name, smooth in found.items() if smooth is not None}
 
 
 def _pieces(source: Source) -> list[Piece]:
@@ -154,22 +183,48 @@ def _packed(piece: SvdqPiece, factors: Factors) -> dict[str, Tensor]:
     }
 
 
-def _bias(piece: SvdqPiece, lora: LoraWeights, source: Source, used: set[str]) -> dict[str, Tensor]:
+def _bias(piece: SvdqPiece | AwqPiece, lora: LoraWeights, source: Source, used: set[str]) -> dict[str, Tensor]:
+    """The stored bias with the LoRA's deltas added."""
     deltas = {}
-    for part in piece.parts:
+    for name, rows in _bias_rows(piece).items():
         # proj_out's delta goes to its attention half, where the stored bias is zero.
-        name = part.name.removesuffix(".attn") if part.name.endswith(".proj_out.attn") else part.name
-        if name in lora.biases:
-            deltas[part] = lora.biases[name]
-            used.add(part.name)
+        module = name.removesuffix(".attn") if name.endswith(".proj_out.attn") else name
+        if module in lora.biases:
+            deltas[name] = (rows, lora.biases[module])
+            used.add(name)
     if not deltas:
         return {}
+    plain, kind = _stored_bias(piece, source)
+    for name, (rows, delta) in deltas.items():
+        if delta.numel() != plain[rows].numel():
+            raise CheckpointError(f"{name} has {plain[rows].numel()} outputs, but its LoRA's bias {delta.numel()}")
+        plain[rows] += delta.float()
+    return {f"{piece.prefix}.bias": _in_stored_order(piece, plain).to(kind)}
+
+
+def _bias_rows(piece: SvdqPiece | AwqPiece) -> dict[str, slice | Tensor]:
+    if isinstance(piece, AwqPiece):
+        return {piece.name: slice(0, piece.n)}
+    return {part.name: part.rows for part in piece.parts}
+
+
+def _stored_bias(piece: SvdqPiece | AwqPiece, source: Source) -> tuple[Tensor, torch.dtype]:
+    """The checkpoint's stored bias in plain order as float32, and the dtype it is stored in."""
     names = (*piece.canonical(), *piece.optional())
     stored = piece.encode({name: source[name] for name in names if name in source})[f"{piece.prefix}.bias"]
-    plain = packing.unpack_vector(stored).float()
-    for part, delta in deltas.items():
-        plain[: piece.n][part.rows] += delta.float()
-    return {f"{piece.prefix}.bias": packing.pack_vector(plain.to(stored.dtype))}
+    return _in_plain_order(piece, stored.float()), stored.dtype
+
+
+def _in_plain_order(piece: SvdqPiece | AwqPiece, stored: Tensor) -> Tensor:
+    if isinstance(piece, SvdqPiece):
+        return packing.unpack_vector(stored)
+    return stored.view(-1, piece.chunks).T.reshape(-1)
+
+
+def _in_stored_order(piece: SvdqPiece | AwqPiece, plain: Tensor) -> Tensor:
+    if isinstance(piece, SvdqPiece):
+        return packing.pack_vector(plain)
+    return plain.view(piece.chunks, -1).T.reshape(-1)
 
 
 def _modulation(piece: AwqPiece, lora: LoraWeights, source: Source, used: set[str]) -> dict[str, Tensor]:

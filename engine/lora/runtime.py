@@ -21,8 +21,9 @@ from engine.errors import ArgumentError, CheckpointError
 from engine.linear import AWQLinear, SVDQuantLinear
 from engine.lora.dense import DenseMerge, NormSwap
 from engine.lora.detect import detect_format
+from engine.lora.folded import into_folded, out_of_folded
 from engine.lora.fuse import add_ranks, pad_rank
-from engine.lora.targets import Target, find_targets, transformer_of
+from engine.lora.targets import Target, find_targets, folded_of, transformer_of
 from engine.lora.weights import LoraWeights, read_lora
 
 __all__ = [
@@ -136,8 +137,10 @@ class _Bank:
         self.loras: dict[str, LoadedLora] = {}
         self._transformer = transformer
         self._targets = list(find_targets(transformer))
+        self._folded = folded_of(transformer)
         self._extended: list[SVDQuantLinear | AWQLinear] = []
-        self._biased: list[tuple[SVDQuantLinear | AWQLinear, list[tuple[int, Tensor]]]] = []
+        self._biased: list[SVDQuantLinear | AWQLinear] = []
+        self._bias_table = self._bias_sum = torch.empty(0)
         self._merges: list[DenseMerge] = []
         self._norms: list[NormSwap] = []
         self._table = self._owner = self._scales = torch.empty(0)
@@ -157,9 +160,10 @@ class _Bank:
     def rebuild(self) -> None:
         """Bring every layer in line with the list of LoRAs."""
         self._restore()
-        loras = [lora.weights for lora in self.loras.values()]
+        loras = [into_folded(lora.weights, self._folded) for lora in self.loras.values()]
         plans = [(target, _ranks(target, loras)) for target in self._targets if type(target.layer) is not nn.Linear]
         self._make_scales([(target, ranks) for target, ranks in plans if ranks])
+        biased: list[tuple[SVDQuantLinear | AWQLinear, list[tuple[int, Tensor]]]] = []
         for target in self._targets:
             biases = [(i, bias) for i, lora in enumerate(loras) if (bias := target.bias(lora)) is not None]
             if type(target.layer) is nn.Linear:
@@ -167,7 +171,8 @@ class _Bank:
                 if deltas or biases:
                     self._merges.append(DenseMerge(self._transformer, target, deltas, biases))
             elif biases and isinstance(target.layer, SVDQuantLinear | AWQLinear):
-                self._biased.append((target.layer, biases))
+                biased.append((target.layer, biases))
+        self._make_biases(biased)
         for index, lora in enumerate(loras):
             for name, value in lora.norms.items():
                 if (module := _module(self._transformer, name)) is not None:
@@ -180,10 +185,9 @@ class _Bank:
         if self._scales.numel():
             self._table.copy_(torch.tensor([1.0, *strengths]))
             torch.index_select(self._table, 0, self._owner, out=self._scales)
-        for layer, biases in self._biased:
-            like = next(layer.buffers())
-            total = sum((strengths[index] * bias for index, bias in biases), torch.zeros(layer.out_features))
-            layer.bias_delta = total.to(like.device, layer.dtype)
+        if self._biased:
+            on = torch.tensor(strengths, device=self._bias_table.device)
+            self._bias_sum.copy_(on @ self._bias_table)
         for merge in self._merges:
             merge.apply(strengths)
         for swap in self._norms:
@@ -192,7 +196,7 @@ class _Bank:
     def _restore(self) -> None:
         for layer in self._extended:
             layer.extend_branch(None, None, None)
-        for layer, _ in self._biased:
+        for layer in self._biased:
             layer.bias_delta = None
         for change in (*self._merges, *reversed(self._norms)):
             change.restore()
@@ -218,6 +222,23 @@ class _Bank:
             layer: Any = target.layer
             layer.extend_branch(whole.down, whole.up, self._scales[where])
             self._extended.append(layer)
+
+    def _make_biases(self, biased: list[tuple[SVDQuantLinear | AWQLinear, list[tuple[int, Tensor]]]]) -> None:
+        """Give the layers slices of one vector, the product of the strengths and a matrix with a row for each LoRA."""
+        if not biased:
+            return
+        first = biased[0][0]
+        device, total = next(first.buffers()).device, sum(layer.out_features for layer, _ in biased)
+        table, start = torch.zeros(len(self.loras), total), 0
+        self._bias_sum = torch.zeros(total, dtype=first.dtype, device=device)
+        for layer, found in biased:
+            where = slice(start, start + layer.out_features)
+            for index, bias in found:
+                table[index, where] = bias
+            layer.bias_delta = self._bias_sum[where]
+            self._biased.append(layer)
+            start = where.stop
+        self._bias_table = table.to(device)
 
 
 def _ranks(target: Target, loras: Sequence[LoraWeights]) -> list[tuple[int, Any]]:
@@ -253,7 +274,8 @@ def _read(path: str | Path, transformer: nn.Module) -> LoraWeights:
         from engine.lora.model_source import ModelSource
         from engine.lora.published import from_runtime
 
-        return from_runtime({name: files[name] for name in files}, ModelSource(transformer, files.path))
+        lora = from_runtime({name: files[name] for name in files}, ModelSource(transformer, files.path))
+        return out_of_folded(lora, folded_of(transformer))
 
 
 def _checked(strength: float) -> float:

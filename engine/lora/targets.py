@@ -14,7 +14,7 @@ from engine.linear import AWQLinear, SVDQuantLinear
 from engine.lora.fuse import FUSED, part_factors, stack_rows
 from engine.lora.weights import Factors, LoraWeights
 
-__all__ = ["Target", "find_targets", "transformer_of"]
+__all__ = ["Target", "find_targets", "folded_of", "transformer_of"]
 
 Layer = SVDQuantLinear | AWQLinear | nn.Linear
 
@@ -69,6 +69,12 @@ def find_targets(model: nn.Module) -> Iterator[Target]:
             fused = next((leaf for leaf in FUSED if name.endswith(f".{leaf}")), None)
             block = name.removesuffix(fused) if fused else ""
             yield Target(name, module, tuple(block + leaf for leaf in FUSED[fused]) if fused else (name,))
+
+
+def folded_of(model: nn.Module) -> dict[str, Tensor]:
+    """Output projections whose smooth factor (K) is in the rows of V, with that factor."""
+    found = {n: m.folded_smooth for n, m in model.named_modules() if isinstance(m, SVDQuantLinear)}
+    return {name: smooth for name, smooth in found.items() if smooth is not None}
 
 
 def transformer_of(model: Any) -> nn.Module:

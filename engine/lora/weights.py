@@ -14,6 +14,7 @@ from engine.checkpoint.files import TensorFiles, all_finite
 from engine.errors import CheckpointError
 from engine.lora.detect import LoraFormat, detect_format
 from engine.lora.names import is_foreign, module_of, parse
+from engine.lora.scaling import Scaling, read_scaling
 
 __all__ = ["Factors", "LoraWeights", "from_tensors", "read_lora"]
 
@@ -65,13 +66,24 @@ def read_lora(path: str | Path, expected: LoraFormat | None = None) -> LoraWeigh
             found = detect_format(files)
             if expected is not None and found != expected:
                 raise CheckpointError(f"its keys are those of {found}, not of {expected}; leave the format to auto")
-            return from_tensors({name: files[name] for name in files}, found)
+            scaling = read_scaling(files.path, files.metadata)
+            # What is not for the transformer is listed, not read.
+            mine = {name for name in files if not is_foreign(name) and parse(name) is not None}
+            lora = from_tensors({name: files[name] for name in mine}, found, scaling)
+            lora.left_out = sorted({*lora.left_out, *(set(files) - mine)})
+            return lora
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
 
 
-def from_tensors(tensors: Mapping[str, Tensor], form: LoraFormat | None = None) -> LoraWeights:
-    """Bring the tensors of a LoRA file into one form. Raises CheckpointError as `read_lora` does."""
+def from_tensors(
+    tensors: Mapping[str, Tensor], form: LoraFormat | None = None, scaling: Scaling | None = None
+) -> LoraWeights:
+    """Bring the tensors of a LoRA file into one form; `scaling` is for modules without an alpha of their own.
+
+    Raises CheckpointError as `read_lora` does.
+    """
+    scaling = scaling or Scaling()
     form = form or detect_format(tensors)
     if form == "nunchaku":
         raise CheckpointError("this LoRA is in nunchaku's runtime form; load it onto the checkpoint it was made for")
@@ -79,7 +91,7 @@ def from_tensors(tensors: Mapping[str, Tensor], form: LoraFormat | None = None) 
     for module, parts in _collect(tensors, lora).items():
         _add_norms(lora, module, parts)
         if "down" in parts or "up" in parts:
-            _add_factors(lora, module, parts, kohya=form in ("comfyui", "kohya_diffusers"))
+            _add_factors(lora, module, parts, scaling, kohya=form in ("comfyui", "kohya_diffusers"))
         elif "alpha" in parts:
             lora.left_out.append(f"{module}.alpha")
         if "bias" in parts:
@@ -97,8 +109,9 @@ def _collect(tensors: Mapping[str, Tensor], lora: LoraWeights) -> dict[str, dict
             lora.left_out.append(key)
             continue
         tensor = tensors[key]
-        # Some files are saved in 8 bits to be small; kernels and sums want 16.
-        tensor = tensor if tensor.dtype in _FLOATS else tensor.to(torch.bfloat16)
+        if tensor.dtype not in _FLOATS:
+            # Some files are saved in 8 bits to be small; kernels and sums want 16. Wider numbers are alphas.
+            tensor = tensor.to(torch.bfloat16 if tensor.element_size() == 1 else torch.float32)
         if not all_finite(tensor):
             raise CheckpointError(f"{key} holds NaN or infinity; the file is damaged")
         parts = modules.setdefault(parsed.module, {})
@@ -108,7 +121,7 @@ def _collect(tensors: Mapping[str, Tensor], lora: LoraWeights) -> dict[str, dict
     return modules
 
 
-def _add_factors(lora: LoraWeights, module: str, parts: Mapping[str, Tensor], kohya: bool) -> None:
+def _add_factors(lora: LoraWeights, module: str, parts: Mapping[str, Tensor], scaling: Scaling, kohya: bool) -> None:
     if "down" not in parts or "up" not in parts:
         raise CheckpointError(f"{module} has only one of its two factors; the file is incomplete")
     # 1x1 convolutions are linears over channels.
@@ -119,6 +132,8 @@ def _add_factors(lora: LoraWeights, module: str, parts: Mapping[str, Tensor], ko
         if parts["alpha"].numel() != 1:
             raise CheckpointError(f"{module}.alpha: expected one number, got shape {tuple(parts['alpha'].shape)}")
         down, up = _with_alpha(down, up, float(parts["alpha"]), kohya)
+    elif (scale := scaling.of(module, down.shape[0])) != 1:
+        down = down * scale
     names, swapped = module_of(module)
     if swapped:
         # BFL's last modulation is (shift, scale), diffusers' is (scale, shift).

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.checkpoint.files import all_finite, check_keys
+from engine.checkpoint.folding import smooth_in_values
 from engine.checkpoint.layouts import open_checkpoint
 from engine.checkpoint.quantization import FORMAT, RECORDS, Quantization, read_quantization
 from engine.checkpoint.source import Source
@@ -88,8 +89,7 @@ def load_quantized(
         quantization = read_quantization(files)
         if quantization.model_class != family.MODEL_CLASS:
             raise CheckpointError(f"{path}: made for {quantization.model_class}, expected {family.MODEL_CLASS}")
-        with torch.device("meta"):
-            model = family.prepare(model_class.from_config(dict(quantization.config)))  # pyright: ignore
+        model = _empty(path, model_class, family, quantization)
         groups = [group for group in family.plan(model) if not is_kept(group, quantization.keep)]
         if not quantization.shared_inputs:
             groups = [replace(group, fused=None) for group in groups]
@@ -98,11 +98,24 @@ def load_quantized(
         for done, group in enumerate(groups, start=1):
             layers = {name: _read_layer(files, model, group, name, quantization) for name in group.names}
             install(model, group, layers, backend=backend, activation=activation, dtype=dtype)
+            if (folded := smooth_in_values(files, group.names[0])) is not None:
+                model.get_submodule(group.names[0]).folded_smooth = folded.cpu()
             if progress:
                 progress(done, len(groups))
         _load_rest(model, files, dtype)
     family.fuse(model)
     return model.eval().requires_grad_(False)
+
+
+def _empty(path: str | Path, model_class: type[nn.Module], family: Family, quantization: Quantization) -> Any:
+    """The model of a checkpoint's configuration, without weights."""
+    try:
+        with torch.device("meta"):
+            return family.prepare(model_class.from_config(dict(quantization.config)))  # pyright: ignore
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: no {quantization.model_class} can be made from its model config ({error})"
+        ) from error
 
 
 Layer = ops.CanonicalLinear | ops.AwqWeight

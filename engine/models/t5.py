@@ -36,8 +36,13 @@ def load_t5(path: str | Path, *, backend: str, device: torch.device, dtype: torc
         details = read_quantization(files)
         if details.model_class != layout.MODEL_CLASS:
             raise CheckpointError(f"{path}: made for {details.model_class}, expected {layout.MODEL_CLASS}")
-        with torch.device("meta"):
-            model = T5EncoderModel(T5Config(**details.config))
+        try:
+            with torch.device("meta"):
+                model = T5EncoderModel(T5Config(**details.config))
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path}: no {layout.MODEL_CLASS} can be made from its model config ({error})"
+            ) from error
         linears = sorted(name.removesuffix(".codes") for name in files if name.endswith(".codes"))
         _check(path, model, files, linears)
         for name in linears:

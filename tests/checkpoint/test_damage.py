@@ -12,9 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bench.fuzz_checkpoint import outcome
+from bench.fuzz_mutations import MUTATIONS
+from engine import SVDQuantSanaTransformer
 from engine.checkpoint.layouts import open_checkpoint
 from engine.checkpoint.translate import convert
 from engine.errors import CheckpointError
+from tests.checkpoint.conftest import DATA
 from tests.checkpoint.test_layouts import FLUX, SANA
 
 
@@ -88,6 +92,31 @@ def test_flipped_data_bits_never_crash(small: Path, tmp_path: Path):
             touch_everything(path)
         except CheckpointError as error:
             assert "NaN" in str(error) or "zero" in str(error)  # noqa: PT017 - other outcomes are right as well
+
+
+@pytest.mark.parametrize("name", ["sana_tiny_int4", "flux_tiny_int4", "lora/kohya_bfl"])
+@pytest.mark.parametrize("what", MUTATIONS)
+def test_whatever_is_changed_it_opens_or_is_refused_in_one_sentence(name: str, what: str, tmp_path: Path):
+    """The fast part of bench/fuzz_checkpoint.py."""
+    data = (DATA / f"{name}.safetensors").read_bytes()
+    path = tmp_path / ("lora-x.safetensors" if name.startswith("lora") else "x.safetensors")
+    rng = random.Random(f"{name} {what}")
+    for _ in range(12):
+        path.write_bytes(MUTATIONS[what](data, rng))
+        assert outcome(path) in ("refused", "opened")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_layers", 10**9), ("sample_size", 2**20), ("attention_head_dim", "x"), ("patch_size", None)]
+)
+def test_a_canonical_file_of_absurd_sizes_is_refused(key: str, value: object, tmp_path: Path):
+    convert(SANA, tmp_path / "a.safetensors", "canonical")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    metadata["config"] = json.dumps(json.loads(metadata["config"]) | {key: value})
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError):
+        SVDQuantSanaTransformer.from_pretrained(tmp_path / "b.safetensors", device="cpu")
 
 
 def test_absurd_shapes_are_refused(small: Path, tmp_path: Path):

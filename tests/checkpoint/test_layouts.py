@@ -174,7 +174,7 @@ def test_a_metadata_bias_that_no_longer_fits_is_ignored(tmp_path: Path):
         metadata = handle.metadata()
     from engine.checkpoint import exact
 
-    metadata |= exact.write({name: torch.full((768,), 5.0)})
+    metadata |= exact.write({name: exact.Exact(torch.full((768,), 5.0))})
     save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", metadata=metadata)
     assert_same(read(tmp_path / "b.safetensors"), read(FLUX))
 
