@@ -47,7 +47,7 @@ def quantize_block(
 def quantize_linears(
     model: Any, group: LinearGroup, inputs: Inputs | None, recipe: Recipe, tensors: dict[str, Tensor]
 ) -> LayerRecord:
-    """Put the quantized linears of `group` into `tensors`.
+    """Put the quantized linears of `group` into `tensors`; their weights, if they are in it, go.
 
     Without `inputs` every input channel counts alike, and the record's errors are those on such inputs.
     """
@@ -87,6 +87,7 @@ def _write_rows(group: LinearGroup, rows: list[int], parts: _Parts, shared: _Par
     """Give each linear of the group its own rows and a copy of what they share; biases stay as they are."""
     split = {part: value.split(rows) for part, value in parts.items() if value is not None}
     for index, name in enumerate(group.names):
+        tensors.pop(f"{name}.weight", None)
         for part, pieces in split.items():
             tensors[f"{name}.{part}"] = pieces[index].clone().cpu()
         for part, value in shared.items():
