@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from apps.common import styles
+from apps.common.canvases import canvas, marker, picture, sketchpad
+from apps.common.control import Control, always, between
 from engine.errors import RequestError
 from engine.models.catalogue import ModelSpec, Range
 from engine.request import MAX_PROMPT_CHARACTERS, MAX_SEED
@@ -47,45 +48,6 @@ ASPECTS: dict[str, tuple[int, int]] = {
     "9:16": (9, 16),
 }
 
-# Colour and strength of the strokes that mark a part of a picture.
-MARKER = ("#ff2d78", 0.7)
-
-
-def _always(spec: ModelSpec) -> bool:
-    return True
-
-
-def _never(value: Any, spec: ModelSpec) -> bool:
-    return False
-
-
-def _between(low: float, high: float) -> Callable[[Any, ModelSpec], bool]:
-    return lambda value, spec: isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-
-
-@dataclass(frozen=True)
-class Control:
-    """One value a user sets.
-
-    `kind` is its type in the programming interface and `describe` its sentence there. `build` makes the component for
-    a model; `default` is its value when nobody sets it; `applies` says whether the model has such a setting at all.
-    `recalls` says of a setting that only this app has whether a value out of a picture's file can be taken.
-    `ranged` says that its limits or default depend on the model.
-    `place` is where the page puts it: "model" (at the top), "picture", "more" (further pictures, folded), "prompt",
-    "under" (right under the prompt), "seed", "size" or "options".
-    """
-
-    name: str
-    kind: Any
-    describe: str
-    build: Callable[[ModelSpec], Component]
-    default: Callable[[ModelSpec], Any]
-    place: str = "options"
-    applies: Callable[[ModelSpec], bool] = _always
-    recalls: Callable[[Any, ModelSpec], bool] = _never
-    ranged: bool = False
-
-
 # gradio takes seconds to import, so each `build` imports it: a command that only prints its help does not wait.
 
 
@@ -114,86 +76,6 @@ def prompt(placeholder: str = "", needed: bool = True) -> Control:
     )
 
 
-def picture(name: str, label: str, describe: str, place: str = "picture") -> Control:
-    """A picture to start from: uploaded, pasted or dropped. Its value is the path of the uploaded file."""
-
-    def build(spec: ModelSpec) -> Component:
-        import gradio as gr
-
-        return gr.Image(
-            label=label,
-            type="filepath",
-            image_mode=None,
-            sources=["upload", "clipboard"],
-            height=300 if place == "picture" else 180,
-            elem_id=f"nb-{name}",
-        )
-
-    return Control(name, dict | None, describe, build, lambda spec: None, place=place)
-
-
-def canvas(name: str, label: str, describe: str) -> Control:
-    """A picture to paint over, with brush and eraser. Its value maps "background" and "layers" to files."""
-
-    def build(spec: ModelSpec) -> Component:
-        import gradio as gr
-
-        side = int(spec.size.default)
-        return gr.ImageEditor(
-            label=label,
-            type="filepath",
-            format="png",
-            sources=["upload", "clipboard"],
-            # Strokes stand out on any picture and let it be seen; a pixel counts from half of their strength on.
-            brush=marker(side),
-            # As large as the pictures of the examples: the editor drops given layers when a picture resizes it.
-            canvas_size=(256, 256),
-            layers=False,
-            transforms=(),
-            placeholder="Upload, drop or paste a picture here,\nthen paint over what shall change",
-            height=370,
-            elem_id=f"nb-{name}",
-        )
-
-    return Control(name, dict | None, describe, build, lambda spec: None, place="picture")
-
-
-def marker(side: int) -> Any:
-    """The brush that marks a part of a picture whose shorter side is so many pixels long."""
-    import gradio as gr
-
-    return gr.Brush(default_size=max(4, side // 14), colors=[MARKER], color_mode="fixed")
-
-
-def sketchpad(name: str, label: str, describe: str) -> Control:
-    """A white page to draw on in black, with an eraser; a picture can be laid under the strokes.
-
-    Its value maps "background" and "layers" to files, as a canvas does.
-    """
-
-    def build(spec: ModelSpec) -> Component:
-        import gradio as gr
-
-        side = int(spec.size.default)
-        return gr.ImageEditor(
-            label=label,
-            type="filepath",
-            format="png",
-            sources=["upload", "clipboard"],
-            brush=gr.Brush(default_size=max(2, side // 128), colors=["#000000"], color_mode="fixed"),
-            eraser=gr.Eraser(default_size=max(8, side // 16)),
-            canvas_size=(side, side),
-            fixed_canvas=True,
-            layers=False,
-            transforms=(),
-            height=370,
-            elem_id=f"nb-{name}",
-            elem_classes=["nb-draw-first"],
-        )
-
-    return Control(name, dict | None, describe, build, lambda spec: None, place="picture")
-
-
 def choice(name: str, label: str, options: tuple[str, ...], info: str, place: str = "options") -> Control:
     """One of a few words, the first unless another is chosen: side by side where there are two, else in a list."""
 
@@ -210,7 +92,7 @@ def choice(name: str, label: str, options: tuple[str, ...], info: str, place: st
 
 
 def number(
-    name: str, label: str, limits: tuple[int, int, int], info: str, applies: Callable[[ModelSpec], bool] = _always
+    name: str, label: str, limits: tuple[int, int, int], info: str, applies: Callable[[ModelSpec], bool] = always
 ) -> Control:
     """A whole number on a slider; `limits` are the lowest, the highest and the default."""
 
@@ -221,7 +103,7 @@ def number(
 
     described = f"{info}, {limits[0]} to {limits[1]}."
     return Control(
-        name, int, described, build, lambda spec: limits[2], applies=applies, recalls=_between(limits[0], limits[1])
+        name, int, described, build, lambda spec: limits[2], applies=applies, recalls=between(limits[0], limits[1])
     )
 
 
@@ -247,7 +129,7 @@ def decimal(
 
     return Control(
         name, float, f"{info}. {low:g} to {high:g}.", build, default, place=place,
-        recalls=_between(low, high), ranged=callable(usual),
+        recalls=between(low, high), ranged=callable(usual),
     )  # fmt: skip
 
 

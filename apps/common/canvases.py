@@ -1,0 +1,96 @@
+"""Controls that take pictures: an upload, a picture to mark, a page to draw on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from apps.common.control import Control
+from engine.models.catalogue import ModelSpec
+
+if TYPE_CHECKING:
+    from gradio.components import Component
+
+__all__ = ["canvas", "marker", "picture", "sketchpad"]
+
+# Colour and strength of the strokes that mark a part of a picture.
+MARKER = ("#ff2d78", 0.7)
+
+
+def picture(name: str, label: str, describe: str, place: str = "picture") -> Control:
+    """A picture to start from: uploaded, pasted or dropped. Its value is the path of the uploaded file."""
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        return gr.Image(
+            label=label,
+            type="filepath",
+            image_mode=None,
+            sources=["upload", "clipboard"],
+            height=300 if place == "picture" else 180,
+            elem_id=f"nb-{name}",
+        )
+
+    return Control(name, dict | None, describe, build, lambda spec: None, place=place)
+
+
+def canvas(name: str, label: str, describe: str) -> Control:
+    """A picture to paint over, with brush and eraser. Its value maps "background" and "layers" to files."""
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        side = int(spec.size.default)
+        return gr.ImageEditor(
+            label=label,
+            type="filepath",
+            format="png",
+            sources=["upload", "clipboard"],
+            # Strokes stand out on any picture and let it be seen; a pixel counts from half of their strength on.
+            brush=marker(side),
+            # As large as the pictures of the examples: the editor drops given layers when a picture resizes it.
+            canvas_size=(256, 256),
+            layers=False,
+            transforms=(),
+            placeholder="Upload, drop or paste a picture here,\nthen paint over what shall change",
+            height=370,
+            elem_id=f"nb-{name}",
+        )
+
+    return Control(name, dict | None, describe, build, lambda spec: None, place="picture")
+
+
+def marker(side: int) -> Any:
+    """The brush that marks a part of a picture whose shorter side is so many pixels long."""
+    import gradio as gr
+
+    return gr.Brush(default_size=max(4, side // 14), colors=[MARKER], color_mode="fixed")
+
+
+def sketchpad(name: str, label: str, describe: str) -> Control:
+    """A white page to draw on in black, with an eraser; a picture can be laid under the strokes.
+
+    Its value maps "background" and "layers" to files, as a canvas does.
+    """
+
+    def build(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        side = int(spec.size.default)
+        return gr.ImageEditor(
+            label=label,
+            type="filepath",
+            format="png",
+            sources=["upload", "clipboard"],
+            brush=gr.Brush(default_size=max(2, side // 128), colors=["#000000"], color_mode="fixed"),
+            eraser=gr.Eraser(default_size=max(8, side // 16)),
+            canvas_size=(side, side),
+            fixed_canvas=True,
+            layers=False,
+            transforms=(),
+            height=370,
+            elem_id=f"nb-{name}",
+            elem_classes=["nb-draw-first"],
+        )
+
+    return Control(name, dict | None, describe, build, lambda spec: None, place="picture")
