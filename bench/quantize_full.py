@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -79,8 +80,7 @@ def run(model: Path, samples: int, options: argparse.Namespace, config: Mapping[
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    run_flux.encode = random_words(config, options.words)
-    with Peak() as peak:
+    with patch.object(run_flux, "encode", random_words(config, options.words)), Peak() as peak:
         began = time.perf_counter()
         records = quantize_model(
             str(model),
