@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["wire"]
 
+# How often a page is told that its model is ready: answers may overtake each other, and the last one must be right.
+_TOLD = 4
+
 
 def wire(demo: gr.Blocks, page: Page, studio: Studio) -> None:
     """Connect every component of the page."""
@@ -39,27 +42,29 @@ def wire(demo: gr.Blocks, page: Page, studio: Studio) -> None:
 
 
 def _wire_loading(demo: gr.Blocks, page: Page, studio: Studio) -> None:
-    clock = gr.Timer(0.7, active=True)
+    clock, settled = gr.Timer(0.7, active=True), gr.State(0)
     switch = page.controls.get("model")
 
-    def look(model: str | None = None) -> tuple[Any, Any]:
+    def look(times: int, model: str | None = None) -> tuple[Any, Any, int]:
         room = studio.room({"model": model})
         room.pool.start()
-        return panels.banner(room.choice, room.pool, studio.app), gr.Timer(active=not room.pool.settled)
+        times = times + 1 if room.pool.settled else 0
+        return panels.banner(room.choice, room.pool, studio.app), gr.Timer(active=times < _TOLD), times
 
+    inputs = [settled, switch] if switch else [settled]
     for event in (demo.load, clock.tick):
-        event(look, inputs=[switch] if switch else None, outputs=[page.banner, clock], queue=False, **PRIVATE)
+        event(look, inputs=inputs, outputs=[page.banner, clock, settled], queue=False, **PRIVATE)
     if switch is not None:
-        _wire_switch(page, studio, switch, clock, look)
+        _wire_switch(page, studio, switch, [page.banner, clock, settled, page.footer], look)
 
 
-def _wire_switch(page: Page, studio: Studio, switch: Any, clock: gr.Timer, look: Callable[..., Any]) -> None:
+def _wire_switch(page: Page, studio: Studio, switch: Any, told: list[Any], look: Callable[..., Any]) -> None:
     """Another model: its engines are loaded, and controls take its limits and defaults."""
 
-    def tell(model: str) -> tuple[Any, Any, str]:
-        return *look(model), panels.footer(studio.room({"model": model}).choice)
+    def tell(model: str) -> tuple[Any, ...]:
+        return *look(0, model), panels.footer(studio.room({"model": model}).choice)
 
-    switch.change(tell, inputs=[switch], outputs=[page.banner, clock, page.footer], queue=False, **PRIVATE)
+    switch.change(tell, inputs=[switch], outputs=told, queue=False, **PRIVATE)
     changed = [page.controls[control.name] for control in studio.controls if _depends(control, studio)]
     switch.input(
         lambda model: _ranges(page, studio, {"model": model}), inputs=[switch], outputs=changed, queue=False, **PRIVATE

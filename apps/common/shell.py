@@ -190,9 +190,14 @@ def _examples(studio: Studio) -> list[gr.Button]:
 
 
 def _icon(example: Mapping[str, Any]) -> str | None:
-    """The picture an example starts from."""
+    """The picture an example starts from.
+
+    It is served from where it lies: a copy in Gradio's cache would be deleted by the first server that is closed, of
+    all those on the machine that show it.
+    """
     for value in example.values():
         value = value.get("composite") if isinstance(value, Mapping) else value
         if isinstance(value, Path):
+            gr.set_static_paths([value])
             return str(value)
     return None
