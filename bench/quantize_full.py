@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,6 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.evaluation.machine import machine, write_json
 from bench.load_time import Peak
 from bench.quantize_model import CONFIG, TINY, write_model
 from engine.models import run_flux
@@ -116,26 +114,12 @@ def _errors(records: list[LayerRecord]) -> dict[str, Any]:
     return told
 
 
-def facts(device: str) -> dict[str, Any]:
-    """The machine, versions and the day."""
-    import diffusers
-
-    cuda = device.startswith("cuda")
-    return {
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-                     "diffusers": diffusers.__version__},
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }  # fmt: skip
-
-
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Write the model if it is not there, then take it through every run asked for."""
     blocks = dict(zip(("num_layers", "num_single_layers"), options.blocks or (), strict=False))
     config = (TINY if options.tiny else CONFIG) | blocks
-    told: dict[str, Any] = facts(options.device)
     model, device = folder / "flux-random", torch.device(options.device)
+    told: dict[str, Any] = {"machine": machine(device)}
     if not (model / "model_index.json").is_file():
         began = time.perf_counter()
         told["parameters"] = write_model(model, config, device)
@@ -147,7 +131,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     for name in options.runs:
         told["runs"].append(run(model, options.samples if name == "data" else 0, options, config))
         print(json.dumps(told["runs"][-1]), flush=True)
-        _keep(options.json, told)
+        if options.json:
+            write_json(options.json, told)
     return told
 
 
@@ -161,13 +146,6 @@ def _warm_up(folder: Path, options: argparse.Namespace, config: dict[str, Any]) 
     run(small, 2, options, less)
     shutil.rmtree(small)
     return round(time.perf_counter() - began, 1)
-
-
-def _keep(path: Path | None, told: dict[str, Any]) -> None:
-    if path:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(told, indent=1) + "\n")
-        partial.replace(path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,15 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.flux_step import CONFIG
 from engine.checkpoint.writer import FileWriter
 from engine.models.catalogue import zoo_folder
 
 __all__ = ["CONFIG", "TINY", "write_model"]
 
-CONFIG: dict[str, Any] = dict(
-    patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
-    joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
-)  # fmt: skip
 TINY: dict[str, Any] = CONFIG | dict(num_layers=1, num_single_layers=2, num_attention_heads=2, joint_attention_dim=64)
 
 _SHARD_BYTES = 2 * 2**30

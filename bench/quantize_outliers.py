@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.evaluation.machine import machine, write_json
 from engine.quantize import Recipe
 from engine.quantize.inputs import Inputs
 from engine.quantize.layer import output_errors, quantize_group
@@ -59,9 +57,7 @@ def measure() -> dict[str, Any]:
         print(size, table[str(size)], flush=True)
     first, last = table[str(SIZES[0])], table[str(SIZES[-1])]
     return {
-        "machine": f"CPU, {os.cpu_count()} cores ({platform.machine()})",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine(torch.device("cpu")),
         "errors": table,
         "growth": {name: round(last[name] / first[name], 2) for name in first},
     }
@@ -76,9 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         told = measure()
     print(json.dumps(told["growth"]))
     if options.json:
-        partial = options.json.with_name(f".{options.json.name}.partial")
-        partial.write_text(json.dumps(told, indent=1) + "\n")
-        partial.replace(options.json)
+        write_json(options.json, told)
 
 
 if __name__ == "__main__":

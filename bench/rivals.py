@@ -11,14 +11,9 @@ must be installed for theirs. Pictures and checkpoints stay in --work, and a run
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import math
-import os
-import platform
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,6 +24,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.evaluation.cases import MODELS, requests
+from bench.evaluation.machine import machine, write_json
 from bench.evaluation.methods import METHODS, open_engine
 from engine import Engine
 from engine.errors import EngineError
@@ -62,7 +58,7 @@ def distances(folder: Path, exact: Path, count: int) -> list[float]:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """All models in all methods; the figures so far are written after each."""
-    told = {**_facts(), "pictures": options.count, "calibration_pictures": options.samples,
+    told = {"machine": machine(torch.device("cpu")), "pictures": options.count, "calibration_pictures": options.samples,
             "methods": {name: {"title": METHODS[name].title, "bits": METHODS[name].bits, "run_by": METHODS[name].by}
                         for name in options.methods},
             "psnr": {name: {} for name in options.methods}}  # fmt: skip
@@ -77,7 +73,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             error = math.sqrt(sum((v - fmean(values)) ** 2 for v in values)) / len(values)
             told["psnr"][name][model] = {"mean": round(fmean(values), 2), "standard_error": round(error, 2)}
             print(f"{model} {name}: {fmean(values):.2f} dB", flush=True)
-            _keep(options.json, told)
+            if options.json:
+                write_json(options.json, told)
     return told
 
 
@@ -96,24 +93,6 @@ def table(told: dict[str, Any]) -> str:
         method = told["methods"][name]
         lines.append(f"| {method['title']} | {method['bits']} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _facts() -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "diffusers", "bitsandbytes", "torchao"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    machine = f"CPU, {os.cpu_count()} cores ({platform.machine()})"
-    return {"machine": machine, "versions": versions, "date": datetime.now(timezone.utc).date().isoformat()}
-
-
-def _keep(path: Path | None, told: dict[str, Any]) -> None:
-    if path:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(told, indent=1) + "\n")
-        partial.replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from apps.common.control import Control
@@ -37,27 +38,16 @@ def picture(name: str, label: str, describe: str, place: str = "picture") -> Con
 def canvas(name: str, label: str, describe: str) -> Control:
     """A picture to paint over, with brush and eraser. Its value maps "background" and "layers" to files."""
 
-    def build(spec: ModelSpec) -> Component:
-        import gradio as gr
-
-        side = int(spec.size.default)
-        return gr.ImageEditor(
-            label=label,
-            type="filepath",
-            format="png",
-            sources=["upload", "clipboard"],
+    def own(side: int) -> dict[str, Any]:
+        return {
             # Strokes stand out on any picture and let it be seen; a pixel counts from half of their strength on.
-            brush=marker(side),
+            "brush": marker(side),
             # As large as the pictures of the examples: the editor drops given layers when a picture resizes it.
-            canvas_size=(256, 256),
-            layers=False,
-            transforms=(),
-            placeholder="Upload, drop or paste a picture here,\nthen paint over what shall change",
-            height=370,
-            elem_id=f"nb-{name}",
-        )
+            "canvas_size": (256, 256),
+            "placeholder": "Upload, drop or paste a picture here,\nthen paint over what shall change",
+        }
 
-    return Control(name, dict | None, describe, build, lambda spec: None, place="picture")
+    return _editor(name, label, describe, own)
 
 
 def marker(side: int) -> Any:
@@ -73,24 +63,36 @@ def sketchpad(name: str, label: str, describe: str) -> Control:
     Its value maps "background" and "layers" to files, as a canvas does.
     """
 
+    def own(side: int) -> dict[str, Any]:
+        import gradio as gr
+
+        return {
+            "brush": gr.Brush(default_size=max(2, side // 128), colors=["#000000"], color_mode="fixed"),
+            "eraser": gr.Eraser(default_size=max(8, side // 16)),
+            "canvas_size": (side, side),
+            "fixed_canvas": True,
+            "elem_classes": ["nb-draw-first"],
+        }
+
+    return _editor(name, label, describe, own)
+
+
+def _editor(name: str, label: str, describe: str, own: Callable[[int], dict[str, Any]]) -> Control:
+    """A picture editor of one layer; `own` is what sets it apart, given the side of the model's pictures in pixels."""
+
     def build(spec: ModelSpec) -> Component:
         import gradio as gr
 
-        side = int(spec.size.default)
         return gr.ImageEditor(
             label=label,
             type="filepath",
             format="png",
             sources=["upload", "clipboard"],
-            brush=gr.Brush(default_size=max(2, side // 128), colors=["#000000"], color_mode="fixed"),
-            eraser=gr.Eraser(default_size=max(8, side // 16)),
-            canvas_size=(side, side),
-            fixed_canvas=True,
             layers=False,
             transforms=(),
             height=370,
             elem_id=f"nb-{name}",
-            elem_classes=["nb-draw-first"],
+            **own(int(spec.size.default)),
         )
 
     return Control(name, dict | None, describe, build, lambda spec: None, place="picture")

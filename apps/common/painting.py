@@ -16,7 +16,7 @@ from apps.common.columns import HIDDEN
 from apps.common.comparison import Shot
 from apps.common.runner import Began, Desk, Event, Failed, Finished, Job, Loads, Stepped, Stopped, Unloaded, events
 from apps.common.studio import Studio
-from engine import RequestError
+from engine import Request, RequestError
 from engine.request import MAX_SEED
 
 if TYPE_CHECKING:
@@ -95,21 +95,31 @@ class Painter:
 
     def start(self, data: dict, request: gr.Request) -> dict:
         """Check the values and file the job; nothing runs yet, so a mistake is told at once."""
-        page = self.page
         values = self._values(data)
-        if data[page.randomise]:
+        if data[self.page.randomise]:
             values["seed"] = random.randrange(DRAWN_SEEDS)
         try:
-            job = self.studio.job(values, tuple(page.columns))
+            job = self._job(values)
         except RequestError as error:
-            return {page.message: panels.message(str(error))}
+            return {self.page.message: panels.message(str(error))}
+        return self._file(job, data, request)
+
+    def _values(self, data: dict) -> dict[str, Any]:
+        return {name: data[component] for name, component in self.page.controls.items()}
+
+    def _job(self, values: dict[str, Any]) -> Job:
+        return self.studio.job(values, tuple(self.page.columns))
+
+    def _file(self, job: Job, data: dict, request: gr.Request) -> dict:
+        """Leave a job for `run` to claim; what the page shows until then."""
+        page = self.page
         job.preview = bool(data.get(page.preview))
         if not self.studio.desk.open(session(request), job):
             return {page.message: panels.message("A picture is being painted; Stop ends it.", "note")}
         job.seeds = _seeds(job.request.seed, data.get(page.batch) or 1)
         updates: dict = {
             page.message: "",
-            page.controls["seed"]: values["seed"],
+            page.controls["seed"]: job.values["seed"],
             page.generate: gr.update(value="Painting…", interactive=False),
             page.stop: gr.update(interactive=True),
         }
@@ -135,13 +145,17 @@ class Painter:
         if self.page.live is None or not data[self.page.live]:
             yield {self.page.message: gr.skip()}
             return
-        data = {**data, self.page.randomise: False}
-        asked = self._asked(data)
-        if asked is not None and asked == data[self.page.drawn]:
+        try:
+            job = self._job(self._values(data))
+        except RequestError:
+            yield {self.page.message: ""}
+            return
+        asked = _mark(job.request)
+        if asked == data[self.page.drawn]:
             # The canvas tells of one change several times.
             yield {self.page.message: gr.skip()}
             return
-        updates = self.start(data, request) if asked else {}
+        updates = self._file(job, data, request)
         if self.page.generate not in updates:
             yield {self.page.message: ""}
             return
@@ -149,18 +163,6 @@ class Painter:
         shown: dict = {}
         yield from _kept(self._run(data, request), shown)
         yield shown | self.rest()
-
-    def _asked(self, data: dict) -> str | None:
-        """A mark of all that the controls ask for; None where they ask for nothing that can be painted."""
-        try:
-            asked = self.studio.request(self._values(data))
-        except RequestError:
-            return None
-        given = {name: _bytes(value) for name, value in asked.inputs.items()}
-        return hashlib.sha256(repr((replace(asked, inputs={}), sorted(given.items()))).encode()).hexdigest()
-
-    def _values(self, data: dict) -> dict[str, Any]:
-        return {name: data[component] for name, component in self.page.controls.items()}
 
     def run(self, data: dict, request: gr.Request) -> Iterator[dict]:
         """Run the session's job and yield what changes on the page, each column as soon as it has something.
@@ -294,6 +296,12 @@ def _kept(messages: Iterable[dict], shown: dict) -> Iterator[dict]:
 
 def _is_update(change: Any) -> bool:
     return isinstance(change, dict) and change.get("__type__") == "update"
+
+
+def _mark(asked: Request) -> str:
+    """The same for requests of the same picture, and for no others."""
+    given = {name: _bytes(value) for name, value in asked.inputs.items()}
+    return hashlib.sha256(repr((replace(asked, inputs={}), sorted(given.items()))).encode()).hexdigest()
 
 
 def _bytes(value: Any) -> Any:

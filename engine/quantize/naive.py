@@ -20,12 +20,12 @@ def naive_error(weight: Tensor, rows: Tensor, kind: str, precision: str) -> floa
     """
     rows = rows.float()
     if kind == "awq":
-        return _relative(rows @ (affine_nearest(weight) - weight).T, rows @ weight.T)
-    rounded = _e2m1(weight) if precision == "nvfp4" else int4_nearest(weight)
-    return _relative(int4_nearest(rows) @ rounded.T - rows @ weight.T, rows @ weight.T)
+        return _relative(rows @ (_affine(weight) - weight).T, rows @ weight.T)
+    rounded = _e2m1(weight) if precision == "nvfp4" else _int4(weight)
+    return _relative(_int4(rows) @ rounded.T - rows @ weight.T, rows @ weight.T)
 
 
-def int4_nearest(values: Tensor) -> Tensor:
+def _int4(values: Tensor) -> Tensor:
     groups = _grouped(values, 64)
     scale = _positive(groups.abs().amax(-1, keepdim=True) / 7)
     return _flat((groups / scale).round() * scale, values)
@@ -39,7 +39,7 @@ def _e2m1(values: Tensor) -> Tensor:
     return _flat(levels[nearest] * groups.sign() * scale, values)
 
 
-def affine_nearest(weight: Tensor) -> Tensor:
+def _affine(weight: Tensor) -> Tensor:
     groups = _grouped(weight, _AWQ_GROUP)
     low = groups.amin(-1, keepdim=True)
     scale = _positive((groups.amax(-1, keepdim=True) - low) / 15)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
+from transformers import T5EncoderModel
 
-from engine.models.install import Quantization
+from tests.t5 import four_bit_t5
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "zoo" / "weights" / "flux-tiny"
@@ -59,33 +60,10 @@ def test_two_loras(example, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "expected a strength after each file" in capsys.readouterr().err
 
 
-def four_bit_t5(path: Path) -> Path:
-    """The small model's T5 with its linears rounded to four bits, weight-only."""
-    from transformers import T5EncoderModel
-
-    encoder, tensors = T5EncoderModel.from_pretrained(TINY / "text_encoder_2", dtype=torch.bfloat16), {}
-    for name, value in encoder.state_dict().items():
-        module = name.removesuffix(".weight")
-        if ("SelfAttention." in name or "DenseReluDense" in name) and "bias" not in name:
-            groups = value.float().unflatten(1, (-1, 128))
-            low, scales = groups.amin(2), (groups.amax(2) - groups.amin(2)) / 15
-            codes = ((groups - low[..., None]) / scales[..., None]).round().clamp(0, 15).to(torch.uint8).flatten(1)
-            parts = {
-                "codes": codes[:, 0::2] | (codes[:, 1::2] << 4),
-                "scales": scales.bfloat16(),
-                "zeros": low.bfloat16(),
-            }
-            tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
-        elif name != "encoder.embed_tokens.weight":
-            tensors[name] = value
-    details = Quantization("T5EncoderModel", encoder.config.to_diff_dict(), "awq-int4", 128, 0)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=details.metadata())
-    return path
-
-
 @pytest.mark.parametrize("name", ["flux_t5_4bit", "flux_offload"])
 def test_a_four_bit_t5_in_a_plain_pipeline(name: str, example, tmp_path: Path):
-    encoder, out = four_bit_t5(tmp_path / "t5.safetensors"), tmp_path / "picture.png"
+    own = T5EncoderModel.from_pretrained(TINY / "text_encoder_2", dtype=torch.bfloat16)
+    encoder, out = four_bit_t5(own, tmp_path / "t5.safetensors"), tmp_path / "picture.png"
     checkpoint = ROOT / "zoo" / "weights" / "flux-tiny-int4"
     example(name, "--pipeline", TINY, "--transformer", checkpoint, "--encoder", encoder, "--device", "cpu",
             "--size", 256, "--steps", 2, "--text", 64, "--prompt", "a red cube", "--out", out)  # fmt: skip
