@@ -53,18 +53,21 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
     generator = torch.Generator("cuda").manual_seed(0)
     packed = ops.pack(random_layer(n, k, "svdq", rank, True, "cuda", generator), "sm90a")
     x = torch.randn(m, k, generator=generator, device="cuda").bfloat16()
-    parts = cuda._quantize(x, packed.blob, packed.spec, "fp8")
+    target = (packed.blob, packed.spec)
+    act = cuda._quantize(x, [target])[0]
     times: dict = {"m": m, "n": n, "k": k}
     for tile in tiles:
         for name, start in (("narrow", 1 << 30), ("wide", 0)):
             if tile not in (0, 128, *((64, 176) if name == "narrow" else (192, 256))):
                 continue
             cuda.WIDE_FROM = start
-            run = lambda tile=tile: cuda._multiply(*parts, packed.blob, packed.spec, torch.bfloat16, tile=tile)  # noqa: E731
+            run = lambda tile=tile: cuda._multiply(  # noqa: E731
+                act, cuda._widen(*target, m), *target, torch.bfloat16, tile=tile
+            )
             times[f"{name}{tile or ''}"] = microseconds(run)
     cuda.WIDE_FROM = WIDE_FROM
     times["ours"] = microseconds(lambda: ops.svdq_linear(x, packed, "fp8"))
-    times["quantize"] = microseconds(lambda: cuda._quantize(x, packed.blob, packed.spec, "fp8"))
+    times["quantize"] = microseconds(lambda: cuda._quantize(x, [target]))
     weight, bias = torch.randn(n, k, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
     times["bf16"] = microseconds(lambda: torch.nn.functional.linear(x, weight, bias))
     a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from engine import ops
+from engine import graphs, ops
 from engine.errors import ArgumentError, Cancelled
 from engine.linear import resolve_activation
 from engine.memory import PeakMeter, module_bytes
@@ -64,6 +64,8 @@ class Engine:
         self.pipe = pipe
         self.runner = runner(spec)
         self.weight_bytes = module_bytes(pipe.transformer)
+        if device.type == "cuda":
+            graphs.record(pipe.transformer)
         self._warm: set[tuple[int, int]] = set()
         self._worn: dict[str, float] = {}
 
@@ -159,10 +161,14 @@ class Engine:
                 unload_lora(self.pipe.transformer, place)
             self._worn = {}
             load_loras(self.pipe.transformer, [(place, strength, place) for place, strength in wanted.items()])
+            self._warm.clear()
         self._worn = dict(wanted)
 
     def _warm_up(self, request: Request) -> None:
-        """Run one untimed step at a size not seen before: first calls pay for kernel choice and allocation."""
+        """Run untimed steps at a size not seen before: first calls pay for kernel choice and allocation.
+
+        On a CUDA device a second one is recorded (engine.graphs).
+        """
         size = (request.width or 0, request.height or 0)
         if size in self._warm:
             return
@@ -170,6 +176,8 @@ class Engine:
 
         once = replace(request, steps=1)
         text = self.runner.encode(self.pipe, self.spec, once, self.device)
+        if self.device.type == "cuda":
+            self._denoise(once, text, None, None)
         self.runner.decode(self.pipe, self._denoise(once, text, None, None)[0], once)
         self._warm.add(size)
 

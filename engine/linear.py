@@ -76,14 +76,16 @@ class SVDQuantLinear(nn.Module):
         """x (..., K) -> (..., N), in the dtype of x; with `gelu`, GELU of that in its tanh form."""
         if self.branch_scale is None and self.bias_delta is None:
             return ops.svdq_linear(x, self.packed, self.mode, self.gelu)
-        if self.branch_scale is None:
-            y = ops.svdq_linear(x, self.packed, self.mode)
-        else:
-            act = ops.quantize_act(x, self.packed, self.mode)
-            act = act._replace(low_rank=act.low_rank * self.branch_scale)
-            y = ops.linear(act, self.packed, x.dtype).view(*x.shape[:-1], self.out_features)
+        return self.multiply(ops.quantize_act(x, self.packed, self.mode), x.dtype).view(*x.shape[:-1], -1)
+
+    def multiply(self, act: ops.QuantizedAct, dtype: torch.dtype) -> Tensor:
+        """What `forward` does after quantizing: tokens (M, K) of ops.quantize_act or norm_quantize -> y (M, N)."""
+        plain = self.branch_scale is None and self.bias_delta is None
+        if self.branch_scale is not None:
+            act = act._replace(low_rank=(act.low_rank * self.branch_scale).to(act.low_rank.dtype))
+        y = ops.linear(act, self.packed, dtype, self.gelu and plain)
         y = y if self.bias_delta is None else y + self.bias_delta
-        return F.gelu(y, approximate="tanh") if self.gelu else y
+        return F.gelu(y, approximate="tanh") if self.gelu and not plain else y
 
     def extend_branch(self, down: Tensor | None, up: Tensor | None, scale: Tensor | None) -> None:
         """Put more ranks (LoRAs) beside the layer's own: down (R', K), up (N, R'), R' a multiple of 16.

@@ -4,6 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
+#include <utility>
+#include <vector>
 
 #include "kernels.h"
 
@@ -52,18 +55,43 @@ Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 
                            DType(y_dtype),
                            gelu,
                            tile,
-                           at<uint8_t>(a[9])},
+                           at<const uint8_t>(a[9])},
                           at<void>(stream));
 }
 
-Status quantize_fp8(uintptr_t x, int64_t m, int64_t k, int64_t x_stride, const std::array<uintptr_t, 5>& target,
-                    int64_t rank, uintptr_t stream) {
+// Addresses and sizes in the order of the struct's members.
+Status widen_fp8(const std::array<uintptr_t, 4>& a, int64_t n, int64_t k, int scale_dtype, uintptr_t stream) {
+  return widen_fp8_sm90a({at<const uint8_t>(a[0]), at<const uint16_t>(a[1]), at<const float>(a[2]), at<uint8_t>(a[3]),
+                          n, k, DType(scale_dtype)},
+                         at<void>(stream));
+}
+
+Status gated_add(const std::array<uintptr_t, 5>& a, const std::array<int64_t, 4>& sizes, uintptr_t stream) {
+  return gated_add_sm80({at<const void>(a[0]), at<const void>(a[1]), at<const void>(a[2]), at<const void>(a[3]),
+                         at<void>(a[4]), sizes[0], sizes[1], sizes[2], sizes[3]},
+                        at<void>(stream));
+}
+
+// A target: addresses of inv_smooth, down, codes, scales, low_rank; its rank. A norm: addresses of scale and shift, the
+// stride of their rows, samples; the last argument is its epsilon.
+using Target = std::pair<std::array<uintptr_t, 5>, int64_t>;
+using Norm = std::optional<std::array<int64_t, 4>>;
+
+Status quantize_fp8(uintptr_t x, int64_t m, int64_t k, int64_t x_stride, const std::vector<Target>& targets,
+                    const Norm& norm, float eps, uintptr_t stream) {
   QuantizeFp8 p{};
   p.x = at<const void>(x), p.m = m, p.k = k, p.x_stride = x_stride;
   p.samples = 1, p.tokens_per_sample = m;
-  p.targets = 1;
-  p.target[0] = {at<const float>(target[0]), at<const void>(target[1]), at<uint8_t>(target[2]),
-                 at<float>(target[3]),       at<void>(target[4]),       rank};
+  if (norm) {
+    p.scale = at<const void>((*norm)[0]), p.shift = at<const void>((*norm)[1]);
+    p.mod_stride = (*norm)[2], p.samples = static_cast<int>((*norm)[3]), p.tokens_per_sample = m / p.samples;
+    p.eps = eps;
+  }
+  if (targets.empty() || targets.size() > 2) return "one or two linears can read the same tokens";
+  for (const auto& [address, rank] : targets) {
+    p.target[p.targets++] = {at<const float>(address[0]), at<const void>(address[1]), at<uint8_t>(address[2]),
+                             at<float>(address[3]),       at<void>(address[4]),       rank};
+  }
   return quantize_fp8_sm90a(p, at<void>(stream));
 }
 
@@ -111,6 +139,16 @@ Status awq_linear(const std::array<uintptr_t, 4>& parts, const std::array<int64_
                          at<void>(stream));
 }
 
+// Addresses in the order of the struct's members; sizes: batch, heads, tokens, text tokens.
+Status rotate_heads(const std::array<uintptr_t, 11>& a, const std::array<int, 4>& sizes, float eps, uintptr_t stream) {
+  const int64_t stride = int64_t{3} * sizes[1] * 128;
+  return rotate_heads_sm80(
+      {at<const void>(a[0]), at<const void>(a[1]), at<const void>(a[2]), at<const void>(a[3]), at<const void>(a[4]),
+       at<const void>(a[5]), at<const float>(a[6]), at<const float>(a[7]), at<void>(a[8]), at<void>(a[9]),
+       at<void>(a[10]), stride, stride, sizes[0], sizes[1], sizes[2], sizes[3], eps},
+      at<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -122,6 +160,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("quantize_act_sm80", &quantize_act);
   m.def("linear_sm80", &linear);
   m.def("awq_linear_sm80", &awq_linear);
+  m.def("rotate_heads_sm80", &rotate_heads);
+  m.def("gated_add_sm80", &gated_add);
+  m.def("widen_fp8_sm90a", &widen_fp8);
   m.def("linear_fp8_sm90a", &linear_fp8);
   m.def("quantize_fp8_sm90a", &quantize_fp8);
 }

@@ -34,13 +34,24 @@ struct LinearFp8 {
   void* y;
   int64_t m, n, k, n_valid, k_valid, rank;
   DType scale_dtype, y_dtype;
-  bool gelu;      // y = gelu(y), tanh form
-  int tile;       // tokens of a tile: 64, 128 or 176 (128, 192 or 256 where `wide` is given); 0 chooses
-  uint8_t* wide;  // room for the weights in e4m3, n * k bytes on a 128-byte border, or null: pays for many tokens
+  bool gelu;  // y = gelu(y), tanh form
+  int tile;   // tokens of a tile: 64, 128 or 176 (128, 192 or 256 where `wide` is given); 0 chooses
+  const uint8_t*
+      wide;  // the weights as widen_fp8_sm90a wrote them, on a 128-byte border, or null: pays for many tokens
 };
 
-// A linear that reads the tokens of QuantizeFp8: inv_smooth (K) fp32 or null, down (R,K) bf16 -> codes (M,K) e4m3,
-// scales (M) fp32, low_rank (M,R) bf16.
+// wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; other members as there.
+struct WidenFp8 {
+  const uint8_t* codes;
+  const uint16_t* wscales;
+  const float* row_most;
+  uint8_t* wide;
+  int64_t n, k;
+  DType scale_dtype;
+};
+
+// A linear that reads the tokens of QuantizeFp8: inv_smooth (K) fp32 or null, down [K/32][R/8][8][32] bf16 (what a warp
+// takes at once lies together) -> codes (M,K) e4m3, scales (M) fp32, low_rank (M,R) bf16.
 struct QuantizeTarget {
   const float* inv_smooth;
   const void* down;
@@ -50,20 +61,40 @@ struct QuantizeTarget {
   int64_t rank;
 };
 
-// Tokens x (M,K) bf16, rows x_stride elements apart, for one or two linears. All of it but x and the targets optional:
-//   x += gate * (y [+ y2]), written to x_out;  x = LayerNorm(x) * (1 + scale) + shift
-// gate, scale, shift: (samples,K) bf16, rows mod_stride elements apart, one row for each tokens_per_sample tokens.
+// Tokens x (M,K) bf16, rows x_stride elements apart and on 16-byte borders, for one or two linears. Where `scale` is
+// given: x = LayerNorm(x) * (1 + scale) + shift first; scale, shift: (samples,K) bf16, rows mod_stride elements apart,
+// one row for each tokens_per_sample tokens.
 struct QuantizeFp8 {
   const void* x;
   int64_t m, k, x_stride;
-  const void *y, *y2, *gate;
-  void* x_out;
   const void *scale, *shift;
   float eps;
   int samples;
   int64_t tokens_per_sample, mod_stride;
   int targets;
   QuantizeTarget target[2];
+};
+
+// out = x + gate * (y [+ y2]), all (M,K) bf16 and dense but gate: a row for each tokens_per_sample tokens, gate_stride
+// elements apart, on 16-byte borders. K is a multiple of 8.
+struct GatedAdd {
+  const void *x, *gate, *y, *y2;
+  void* out;
+  int64_t m, k, tokens_per_sample, gate_stride;
+};
+
+// What 16-bit attention reads, from the projections of a joint sequence: text tokens first, then the picture's. A row
+// of text or picture is q, k, v of all heads (3 * heads * 128 bf16), rows `stride` elements apart; cosine, sine
+// (tokens,128). q, k, v: (batch, tokens, heads, 128) bf16, q and k after RMS norm and rotation; v may be null, where it
+// is not wanted.
+struct RotateHeads {
+  const void *text, *picture;
+  const void *norm_q, *norm_k, *text_norm_q, *text_norm_k;
+  const float *cosine, *sine;
+  void *q, *k, *v;
+  int64_t text_stride, picture_stride;
+  int batch, heads, tokens, text_tokens;
+  float eps;
 };
 
 // What 8-bit attention reads, from the projections of a joint sequence: text tokens first, then the picture's. A row of
@@ -93,7 +124,10 @@ struct Attention {
 Status quantize_act_sm80(const QuantizeAct&, void* stream);
 Status linear_sm80(const Linear&, void* stream);
 Status awq_linear_sm80(const AwqLinear&, void* stream);
+Status gated_add_sm80(const GatedAdd&, void* stream);
+Status rotate_heads_sm80(const RotateHeads&, void* stream);
 
+Status widen_fp8_sm90a(const WidenFp8&, void* stream);
 Status linear_fp8_sm90a(const LinearFp8&, void* stream);
 Status quantize_fp8_sm90a(const QuantizeFp8&, void* stream);
 Status attention_inputs_sm90a(const AttentionInputs&, void* stream);

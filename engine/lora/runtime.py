@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engine.checkpoint.files import TensorFiles
 from engine.errors import ArgumentError, CheckpointError
+from engine.graphs import forget
 from engine.linear import AWQLinear, SVDQuantLinear
 from engine.lora.dense import DenseMerge, NormSwap
 from engine.lora.detect import detect_format
@@ -160,6 +161,7 @@ class _Bank:
     def rebuild(self) -> None:
         """Bring every layer in line with the list of LoRAs."""
         self._restore()
+        forget(self._transformer)  # a recorded graph reads the layers as they were
         loras = [into_folded(lora.weights, self._folded) for lora in self.loras.values()]
         plans = [(target, _ranks(target, loras)) for target in self._targets if type(target.layer) is not nn.Linear]
         self._make_scales([(target, ranks) for target, ranks in plans if ranks])
@@ -192,6 +194,7 @@ class _Bank:
             merge.apply(strengths)
         for swap in self._norms:
             swap.apply(strengths)
+            forget(self._transformer)  # not a change in place
 
     def _restore(self) -> None:
         for layer in self._extended:

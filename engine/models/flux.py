@@ -14,6 +14,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from engine.linear import SVDQuantLinear
+from engine.models.flux_blocks import fuse_blocks
 from engine.models.plan import LinearGroup
 
 __all__ = ["MODEL_CLASS", "SplitLinear", "fuse", "plan", "prepare", "use_fused_gelu", "use_fused_qkv"]
@@ -60,6 +61,7 @@ def fuse(model: Any) -> None:
     """Everything below that makes fewer and larger calls of a model whose linears were replaced, in place."""
     use_fused_qkv(model)
     use_fused_gelu(model)
+    fuse_blocks(model)
 
 
 def use_fused_gelu(model: Any) -> None:

@@ -9,6 +9,8 @@ Each op is defined in reference.py and registered as torch.ops.nibble.*. Importi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from engine.errors import ArgumentError
 from engine.ops import backends, schema
 from engine.ops.canonical import AwqWeight, CanonicalLinear, dequantize, dequantize_awq
 from engine.ops.layout import PackedAwq, PackedLinear, pack, pack_awq, unpack, unpack_awq
+from engine.ops.passes import gated_add, rotate_heads
 from engine.ops.reference import GELU_SHIFT, MODES, QuantizedAct
 
 __all__ = [
@@ -30,10 +33,13 @@ __all__ = [
     "backends",
     "dequantize",
     "dequantize_awq",
+    "gated_add",
     "linear",
+    "norm_quantize",
     "pack",
     "pack_awq",
     "quantize_act",
+    "rotate_heads",
     "schema",
     "svdq_linear",
     "unpack",
@@ -42,6 +48,7 @@ __all__ = [
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _quantize_act = torch.ops.nibble.quantize_act.default
+_norm_quantize = torch.ops.nibble.norm_quantize.default
 _linear = torch.ops.nibble.linear.default
 _svdq_linear = torch.ops.nibble.svdq_linear.default
 _awq_linear = torch.ops.nibble.awq_linear.default
@@ -60,13 +67,38 @@ def quantize_act(x: Tensor, packed: PackedLinear, mode: str) -> QuantizedAct:
     return QuantizedAct(*_quantize_act(x, packed.blob, packed.spec.key, mode))
 
 
-def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
+def norm_quantize(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, layers: Sequence[PackedLinear], mode: str
+) -> list[QuantizedAct]:
+    """quantize_act of LayerNorm(x) * (1 + scale) + shift, for one or two layers that read the same tokens.
+
+    x (B, T, K), scale and shift (B, K). On sm90a it is one pass over x, and the projections come in bfloat16.
+    Raises ArgumentError and BackendError as quantize_act does.
+    """
+    if not 1 <= len(layers) <= 2:
+        raise ArgumentError(f"layers: expected one or two, got {len(layers)}")
+    for packed in layers:
+        _check_tokens(x, packed)
+        _check_mode(mode, packed.backend)
+    for name, value in (("scale", scale), ("shift", shift)):
+        if x.dim() != 3 or tuple(value.shape) != (x.shape[0], x.shape[2]):
+            raise ArgumentError(
+                f"{name}: expected (B, K) beside x of (B, T, K), got {tuple(value.shape)} beside {tuple(x.shape)}"
+            )
+    blobs, specs = [packed.blob for packed in layers], [packed.spec.key for packed in layers]
+    parts = _norm_quantize(x, scale, shift, eps, blobs, specs, mode)
+    return [QuantizedAct(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
+
+
+def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | None = None, gelu: bool = False) -> Tensor:
     """Quantized tokens -> y (M, N): integer dots of 64 inputs, scales, low-rank branch, bias; sums in fp32.
 
-    `out_dtype` defaults to packed.dtype. Raises ArgumentError if `act` does not fit `packed`; BackendError as above.
+    `out_dtype` defaults to packed.dtype; `gelu` as in svdq_linear. Raises ArgumentError if `act` does not fit
+    `packed`; BackendError as above.
     """
     m, k, out_dtype = act.codes.shape[0], packed.k, out_dtype or packed.dtype
     wanted = {"codes": ((m, k),), "scales": ((m,), (m, k // 64)), "low_rank": ((m, packed.rank),)}
+    fp8 = act.codes.dtype == torch.float8_e4m3fn
     for name, shapes in wanted.items():
         tensor = getattr(act, name)
         if tuple(tensor.shape) not in shapes:
@@ -75,14 +107,16 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
             )
         dtype = torch.float32
         if name == "codes":
-            dtype = torch.float8_e4m3fn if tensor.dtype == torch.float8_e4m3fn else torch.int8
+            dtype = torch.float8_e4m3fn if fp8 else torch.int8
+        elif name == "low_rank" and fp8 and tensor.dtype == torch.bfloat16:
+            dtype = torch.bfloat16
         if tensor.dtype != dtype or tensor.device != packed.blob.device:
             raise ArgumentError(
                 f"act.{name}: expected {dtype} on {packed.blob.device}, got {tensor.dtype} on {tensor.device}"
             )
     if out_dtype not in _FLOATS:
         raise ArgumentError(f"out_dtype: expected bfloat16, float16 or float32, got {out_dtype}")
-    return _linear(act.codes, act.scales, act.low_rank, packed.blob, packed.spec.key, out_dtype)
+    return _linear(act.codes, act.scales, act.low_rank, packed.blob, packed.spec.key, out_dtype, gelu)
 
 
 def svdq_linear(x: Tensor, packed: PackedLinear, mode: str, gelu: bool = False) -> Tensor:

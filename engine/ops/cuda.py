@@ -5,6 +5,7 @@ Backend "sm90a" (H100, H200): W4A8 with e4m3 tokens (mode "fp8"). sm80.py calls 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from engine.ops.backends import cuda_kernels
 from engine.ops.layout import Spec
 from engine.ops.reference import QuantizedAct
 
-__all__ = ["check", "kernels", "linear", "quantize_act", "svdq_linear"]
+__all__ = ["check", "kernels", "linear", "norm_quantize", "quantize_act", "svdq_linear"]
 
 # From so many tokens on a product is faster with weights that were widened to 8 bits first (csrc/cuda/sm90a/widen.cuh).
 WIDE_FROM = 1024
@@ -43,43 +44,67 @@ def _rows(x: Tensor) -> Tensor:
     return rows if aligned else rows.contiguous()
 
 
-def _quantize(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> tuple[Tensor, Tensor, Tensor]:
-    """codes (M, K) e4m3, scales (M) fp32, low_rank (M, R) bfloat16."""
+def _quantize(
+    x: Tensor, targets: Sequence[tuple[Tensor, Spec]], norm: tuple[Tensor, Tensor, float] | None = None
+) -> list[QuantizedAct]:
+    """Codes (M, K) e4m3, scales (M) fp32 and low_rank (M, R) bfloat16 for each of one or two packed layers."""
+    rows, where = _rows(x), x.device
+    m, k = rows.shape
+    made, addresses = [], []
+    for blob, spec in targets:
+        act = QuantizedAct(
+            torch.empty((m, k), dtype=torch.float8_e4m3fn, device=where),
+            torch.empty(m, dtype=torch.float32, device=where),
+            torch.empty((m, spec.rank), dtype=torch.bfloat16, device=where),
+        )
+        inputs = (blob.data_ptr() + spec.sections[name].offset for name in ("inv_smooth", "down"))
+        addresses.append(((*inputs, *(part.data_ptr() for part in act)), spec.rank))
+        made.append(act)
+    modulation, eps = None, 0.0
+    if norm is not None:
+        # Both are rows of one modulation as a rule: no copy then.
+        scale, shift = (part if part.stride(-1) == 1 and part.data_ptr() % 16 == 0 else part.contiguous()
+                        for part in (value.to(torch.bfloat16) for value in norm[:2]))  # fmt: skip
+        if scale.stride(0) != shift.stride(0) or scale.stride(0) % 8:
+            scale, shift = scale.contiguous(), shift.contiguous()
+        modulation, eps = (scale.data_ptr(), shift.data_ptr(), scale.stride(0), scale.shape[0]), norm[2]
+    with torch.cuda.device(where):
+        stream = torch.cuda.current_stream().cuda_stream
+        check(kernels().quantize_fp8_sm90a(rows.data_ptr(), m, k, rows.stride(0), addresses, modulation, eps, stream))
+    return made
+
+
+def _only_fp8(mode: str) -> None:
     if mode != "fp8":
         raise ArgumentError(f"mode: expected fp8 on backend sm90a, got {mode!r}")
-    rows, parts = _rows(x), spec.sections
-    m, where = rows.shape[0], x.device
-    codes = torch.empty((m, spec.k), dtype=torch.float8_e4m3fn, device=where)
-    scales = torch.empty(m, dtype=torch.float32, device=where)
-    low_rank = torch.empty((m, spec.rank), dtype=torch.bfloat16, device=where)
-    base = blob.data_ptr()
-    target = (
-        base + parts["inv_smooth"].offset,
-        base + parts["down"].offset,
-        codes.data_ptr(),
-        scales.data_ptr(),
-        low_rank.data_ptr(),
-    )
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        check(kernels().quantize_fp8_sm90a(rows.data_ptr(), m, spec.k, rows.stride(0), target, spec.rank, stream))
-    return codes, scales, low_rank
+
+
+def _widen(blob: Tensor, spec: Spec, m: int) -> Tensor:
+    """The weights in e4m3 for a product with m tokens, or nothing where that does not pay."""
+    parts, base = spec.sections, blob.data_ptr()
+    n, k = (size * 64 for size in parts["codes"].shape[:2])
+    wide = torch.empty(n * k if m >= WIDE_FROM else 0, dtype=torch.uint8, device=blob.device)
+    if wide.numel():
+        addresses = (*(base + parts[name].offset for name in ("codes", "scales", "row_most")), wide.data_ptr())
+        with torch.cuda.device(blob.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            check(kernels().widen_fp8_sm90a(addresses, n, k, DTYPES[parts["scales"].dtype], stream))
+    return wide
 
 
 def _multiply(
-    codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: Spec, out_dtype: torch.dtype,
+    act: QuantizedAct, wide: Tensor, blob: Tensor, spec: Spec, out_dtype: torch.dtype,
     *, gelu: bool = False, tile: int = 0,
 ) -> Tensor:  # fmt: skip
+    codes, scales, low_rank = act
     parts, m = spec.sections, codes.shape[0]
     y = torch.empty((m, spec.n), dtype=out_dtype, device=codes.device)
     base = blob.data_ptr()
     weights = tuple(base + parts[name].offset for name in ("codes", "scales", "row_most", "up", "bias"))
     blocks = parts["codes"].shape
     sizes = (m, blocks[0] * 64, blocks[1] * 64, spec.n, spec.k, spec.rank)
-    # Where the weights are widened to e4m3, for this one product.
-    wide = torch.empty(sizes[1] * sizes[2] if m >= WIDE_FROM else 0, dtype=torch.uint8, device=codes.device)
-    addresses = (*weights, codes.data_ptr(), scales.data_ptr(), low_rank.data_ptr(), y.data_ptr())
-    addresses += (wide.data_ptr() if m >= WIDE_FROM else 0,)
+    tokens = (codes.data_ptr(), scales.data_ptr(), low_rank.data_ptr(), y.data_ptr())
+    addresses = (*weights, *tokens, wide.data_ptr() if wide.numel() else 0)
     with torch.cuda.device(codes.device):
         stream = torch.cuda.current_stream().cuda_stream
         scale_dtype = DTYPES[parts["scales"].dtype]
@@ -89,18 +114,27 @@ def _multiply(
 
 def quantize_act(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> QuantizedAct:
     """x (..., K) -> codes (M, K) e4m3, scales (M), low_rank (M, R) fp32."""
-    codes, scales, low_rank = _quantize(x, blob, spec, mode)
+    _only_fp8(mode)
+    codes, scales, low_rank = _quantize(x, [(blob, spec)])[0]
     return QuantizedAct(codes, scales, low_rank.float())
 
 
-def linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: torch.dtype) -> Tensor:
+def norm_quantize(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, targets: Sequence[tuple[Tensor, Spec]]
+) -> list[QuantizedAct]:
+    """LayerNorm of x (B, T, K), modulated by scale and shift (B, K), for one or two layers; low_rank in bfloat16."""
+    return _quantize(x, targets, (scale, shift, eps))
+
+
+def linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: torch.dtype, gelu: bool = False) -> Tensor:
     """Quantized tokens -> y (M, N). The projection is multiplied in bfloat16, as the published kernels do."""
     codes, scales, low_rank = act
-    factors = low_rank.to(torch.bfloat16).contiguous()
-    return _multiply(codes.contiguous(), scales.contiguous(), factors, blob, spec, out_dtype)
+    act = QuantizedAct(codes.contiguous(), scales.contiguous(), low_rank.to(torch.bfloat16).contiguous())
+    return _multiply(act, _widen(blob, spec, codes.shape[0]), blob, spec, out_dtype, gelu=gelu)
 
 
 def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str, gelu: bool = False) -> Tensor:
     """x (..., K) -> y (..., N) in the dtype of x: quantize_act, linear and, if wanted, GELU in its tanh form."""
-    y = _multiply(*_quantize(x, blob, spec, mode), blob, spec, x.dtype, gelu=gelu)
+    _only_fp8(mode)
+    y = linear(_quantize(x, [(blob, spec)])[0], blob, spec, x.dtype, gelu)
     return y.view(*x.shape[:-1], spec.n)

@@ -285,7 +285,7 @@ def _wgmma64(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         "codes": (torch.uint8, (n // 64, k // 64, 128, 16)),
         "scales": (spec.dtype_of["wscales"], (n // 64, k // 64, 64)),
         "up": (torch.bfloat16, (n, spec.rank)),
-        "down": (torch.bfloat16, (spec.rank, spec.k)),
+        "down": (torch.bfloat16, (spec.k // 32, spec.rank // 8, 8, 32)),
         "inv_smooth": (torch.float32, (spec.k,)),
         "bias": (torch.float32, (n,)),
         "row_most": (torch.float32, (n,)),
@@ -309,7 +309,8 @@ def _fill_wgmma64(linear: CanonicalLinear, blob: Tensor, parts: dict[str, Sectio
         parts["bias"].of(blob)[: linear.n].copy_(linear.bias)
     if linear.lora_down is not None and linear.lora_up is not None:
         parts["up"].of(blob)[: linear.n].copy_(linear.lora_up)
-        parts["down"].of(blob).copy_(linear.lora_down)
+        # What a warp of the kernel takes at once lies together: eight ranks of 32 inputs.
+        parts["down"].of(blob).copy_(linear.lora_down.unflatten(0, (-1, 8)).unflatten(2, (-1, 32)).permute(2, 0, 1, 3))
 
 
 def _from_wgmma64(spec: Spec, blob: Tensor) -> CanonicalLinear:
@@ -321,7 +322,10 @@ def _from_wgmma64(spec: Spec, blob: Tensor) -> CanonicalLinear:
         "bias": section["bias"][: spec.n],
     }
     if spec.rank:
-        tensors |= {"lora_up": section["up"][: spec.n], "lora_down": section["down"]}
+        tensors |= {
+            "lora_up": section["up"][: spec.n],
+            "lora_down": section["down"].permute(1, 2, 0, 3).flatten(2).flatten(0, 1),
+        }
     kept = {name: value for name, value in tensors.items() if name in spec.dtype_of}
     return CanonicalLinear(**{name: _own(value, spec.dtype_of[name]) for name, value in kept.items()})
 

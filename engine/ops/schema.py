@@ -19,7 +19,11 @@ from engine.ops.reference import QuantizedAct
 _library = torch.library.Library("nibble", "DEF")
 _library.define("quantize_act(Tensor x, Tensor blob, str spec, str mode) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    "linear(Tensor codes, Tensor scales, Tensor low_rank, Tensor blob, str spec, ScalarType out_dtype) -> Tensor"
+    "linear(Tensor codes, Tensor scales, Tensor low_rank, Tensor blob, str spec, ScalarType out_dtype, bool gelu=False)"
+    " -> Tensor"
+)
+_library.define(
+    "norm_quantize(Tensor x, Tensor scale, Tensor shift, float eps, Tensor[] blobs, str[] specs, str mode) -> Tensor[]"
 )
 _library.define("svdq_linear(Tensor x, Tensor blob, str spec, str mode, bool gelu=False) -> Tensor")
 _library.define("awq_linear(Tensor x, Tensor blob, str spec) -> Tensor")
@@ -46,10 +50,25 @@ def _quantize_act(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor
     return codes, scales, low_rank
 
 
-def _linear(codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype) -> Tensor:
-    parsed = parse(spec)
+def _norm_quantize(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, blobs: list[Tensor], specs: list[str], mode: str
+) -> list[Tensor]:
+    targets = [(blob, parse(spec)) for blob, spec in zip(blobs, specs, strict=True)]
+    if all(spec.backend == "sm90a" for _, spec in targets):
+        return [part for act in cuda.norm_quantize(x, scale, shift, eps, targets) for part in act]
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return [part for blob, spec in zip(blobs, specs, strict=True) for part in _quantize_act(normed, blob, spec, mode)]
+
+
+def _linear(
+    codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype, gelu: bool = False
+) -> Tensor:
+    parsed, act = parse(spec), QuantizedAct(codes, scales, low_rank)
+    if parsed.backend == "sm90a":
+        return cuda.linear(act, blob, parsed, out_dtype, gelu)
     run = _reference_linear if parsed.backend == "reference" else _compiled(parsed).linear
-    return run(QuantizedAct(codes, scales, low_rank), blob, parsed, out_dtype)
+    y = run(act, blob, parsed, out_dtype)
+    return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str, gelu: bool = False) -> Tensor:
@@ -73,7 +92,8 @@ def _awq_linear(x: Tensor, blob: Tensor, spec: str) -> Tensor:
 
 
 for _name, _run in (
-    ("quantize_act", _quantize_act), ("linear", _linear), ("svdq_linear", _svdq_linear), ("awq_linear", _awq_linear)
+    ("quantize_act", _quantize_act), ("norm_quantize", _norm_quantize), ("linear", _linear),
+    ("svdq_linear", _svdq_linear), ("awq_linear", _awq_linear)
 ):  # fmt: skip
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _run, _key)
@@ -91,8 +111,21 @@ def _(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor, Tensor, Te
     )
 
 
+@torch.library.register_fake("nibble::norm_quantize", lib=_library)
+def _(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, blobs: list[Tensor], specs: list[str], mode: str
+) -> list[Tensor]:
+    found = []
+    for blob, spec in zip(blobs, specs, strict=True):
+        codes, scales, low_rank = torch.ops.nibble.quantize_act.default(x, blob, spec, mode)
+        found += [codes, scales, low_rank.to(torch.bfloat16) if parse(spec).backend == "sm90a" else low_rank]
+    return found
+
+
 @torch.library.register_fake("nibble::linear", lib=_library)
-def _(codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype) -> Tensor:
+def _(
+    codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype, gelu: bool = False
+) -> Tensor:
     return codes.new_empty((codes.shape[0], parse(spec).n), dtype=out_dtype)
 
 

@@ -112,6 +112,8 @@ def _room(device: torch.device) -> int:
     """Bytes that this process may still take of a CUDA device; none of a CPU, where files are memory already."""
     if device.type != "cuda":
         return 0
-    free, total = torch.cuda.mem_get_info(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
-    return min(free, allowed - torch.cuda.memory_reserved(device))
+    # One of these wants a number, which "cuda" alone does not have.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(index))
+    return min(free, allowed - torch.cuda.memory_reserved(index))

@@ -80,3 +80,47 @@ def test_gelu_is_applied_before_rounding(m: int):
     act = ops.quantize_act(x, packed, "fp8")
     wanted = torch.nn.functional.gelu(ops.linear(act, packed, torch.float32), approximate="tanh")
     torch.testing.assert_close(ops.svdq_linear(x, packed, "fp8", gelu=True).float(), wanted, rtol=2**-8, atol=2e-3)
+
+
+NORMED = ((1, 300, 3072, (32, 48)), (2, 100, 1536, (32,)), (1, 4608, 3072, (32, 32)), (3, 7, 320, (16, 128)))
+
+
+@pytest.mark.parametrize(("samples", "length", "k", "ranks"), NORMED)
+def test_norm_and_two_layers_in_one_pass(samples: int, length: int, k: int, ranks: tuple[int, ...]):
+    linears = [on_device(without_minus_eight(random_linear(Case(1, 256, k, rank), seed=rank + i)))
+               for i, rank in enumerate(ranks)]  # fmt: skip
+    draw = torch.Generator("cuda").manual_seed(3)
+    x = torch.randn(samples, length, k, generator=draw, device="cuda") * 3 + 1
+    modulation = torch.randn(samples, 3 * k, generator=draw, device="cuda").bfloat16() * 0.5
+    x, (shift, scale, _) = x.bfloat16(), modulation.chunk(3, dim=1)
+    packs = [ops.pack(linear, "sm90a") for linear in linears]
+    acts = ops.norm_quantize(x, scale, shift, 1e-6, packs, "fp8")
+    exact = torch.nn.functional.layer_norm(x.double(), (k,), eps=1e-6) * (1 + scale.double()[:, None])
+    seen = (exact + shift.double()[:, None]).bfloat16().flatten(0, 1)
+    for act, linear in zip(acts, linears, strict=True):
+        wanted = reference.quantize_act(seen, linear.smooth, linear.lora_down, "fp8", torch.float64)
+        torch.testing.assert_close(act.scales, wanted.scales, rtol=2**-8, atol=0)
+        # A value rounded the other way to 16 bits moves a code by a step at most.
+        steps = (act.codes.float() - wanted.codes.float()).abs() / wanted.codes.float().abs().clamp_min(2.0**-6)
+        assert (steps <= 0.126).all()
+        same = act.scales == wanted.scales
+        assert (steps[same] > 0).float().mean() < 0.01
+        torch.testing.assert_close(act.low_rank.float(), wanted.low_rank.float(), rtol=2**-6, atol=0.02)
+    again = ops.norm_quantize(x, scale, shift, 1e-6, packs, "fp8")
+    for one, two in zip(acts, again, strict=True):
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize(("length", "words", "heads"), [(300, 0, 24), (256, 77, 24), (9, 4, 3)])
+def test_heads_are_rotated_as_in_torch(length: int, words: int, heads: int):
+    draw = torch.Generator("cuda").manual_seed(5)
+    made = lambda *shape: torch.randn(*shape, generator=draw, device="cuda")  # noqa: E731
+    qkv = made(2, length, 3 * heads * 128).bfloat16()
+    text = made(2, words, 3 * heads * 128).bfloat16() if words else None
+    norms, angles = [made(128).bfloat16() for _ in range(4 if words else 2)], made(words + length, 64)
+    rotary = [part.repeat_interleave(2, dim=1) for part in (angles.cos(), angles.sin())]
+    got = ops.rotate_heads(qkv, text, norms, *rotary, 1e-6)
+    exactly = [part if part is None else part.double().cpu() for part in (qkv, text, *norms, *rotary)]
+    exact = ops.rotate_heads(exactly[0], exactly[1], exactly[2:-2], *exactly[-2:], 1e-6)
+    for one, wanted in zip(got, exact, strict=True):
+        torch.testing.assert_close(one.double().cpu(), wanted.double(), rtol=2**-7, atol=2**-5)

@@ -82,16 +82,6 @@ Status wide(const LinearFp8& p, int clusters, cudaStream_t stream) {
   return launch(linear_wide_kernel<kTokens>, p, kTokens, S::kOut, S::kShared, clusters, stream);
 }
 
-Status widen(const LinearFp8& p, int multiprocessors, cudaStream_t stream) {
-  using namespace sm90a;
-  const int panels = static_cast<int>(p.n / kRows), steps = static_cast<int>(p.k / kInputs);
-  const int splits = std::min(steps, (8 * multiprocessors + panels - 1) / panels), each = (steps + splits - 1) / splits;
-  const dim3 grid(panels, (steps + each - 1) / each);
-  widen_kernel<<<grid, 128, 0, stream>>>({p.codes, p.wscales, p.row_most, p.wide, steps, each, p.scale_dtype});
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 // Rounds of tiles, in tokens: what the slowest cluster does. The constant stands for a tile's start and end.
 int64_t rounds(const LinearFp8& p, int tokens, int clusters) {
   const int64_t tiles = (p.m + tokens - 1) / tokens * ((p.n / sm90a::kRows + 3) / 4);
@@ -99,6 +89,18 @@ int64_t rounds(const LinearFp8& p, int tokens, int clusters) {
 }
 
 }  // namespace
+
+Status widen_fp8_sm90a(const WidenFp8& p, void* stream) {
+  using namespace sm90a;
+  const int panels = static_cast<int>(p.n / kRows), steps = static_cast<int>(p.k / kInputs);
+  const int splits = std::min(steps, (8 * multiprocessors() + panels - 1) / panels);
+  const int each = (steps + splits - 1) / splits;
+  const dim3 grid(panels, (steps + each - 1) / each);
+  widen_kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(
+      {p.codes, p.wscales, p.row_most, p.wide, steps, each, p.scale_dtype});
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 Status linear_fp8_sm90a(const LinearFp8& p, void* stream) {
   if (p.m == 0) return nullptr;
@@ -114,7 +116,6 @@ Status linear_fp8_sm90a(const LinearFp8& p, void* stream) {
     return best;
   };
   if (p.wide) {
-    if (const Status failed = widen(p, 2 * clusters, at)) return failed;
     const int tokens = chosen({128, 192, 256});
     return tokens == 128   ? wide<128>(p, clusters, at)
            : tokens == 192 ? wide<192>(p, clusters, at)

@@ -225,19 +225,23 @@ __device__ void multiply(const Args& p, Stage<kTokens> at, Turn<Shape<kTokens>::
   }
 }
 
+// Operand A of 16 ranks from `rank` on: of row n and of row n + 8 the ranks of this lane, twice.
+__device__ inline void load_up(const Args& p, int n, int rank, uint32_t (&a)[4]) {
+  const uint16_t* up = p.up + int64_t{n} * p.rank + rank + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = *reinterpret_cast<const uint32_t*>(up + int64_t{i % 2 * 8} * p.rank + i / 2 * 8);
+}
+
 // sum += up x low_rank, both in 16 bits: `up` comes from registers, the tokens' projections through the ring.
 template <int kTokens, class At, class Ring>
 __device__ void add_low_rank(const Args& p, At at, Ring& turn, int panel, float (&sum)[kTokens / 2]) {
-  const int thread = threadIdx.x % 128, lane = thread % 32;
-  const uint16_t* up = p.up + (int64_t{panel} * kRows + thread / 32 * 16 + lane / 4) * p.rank + lane % 4 * 2;
+  const int thread = threadIdx.x % 128, lane = thread % 32, n = panel * kRows + thread / 32 * 16 + lane / 4;
   for (int base = 0; base < p.rank; base += kRanks, turn.next()) {
     barrier_wait(at.full + turn.stage * 8, turn.phase);
     const uint64_t tokens = operand_descriptor(at.tokens + turn.stage * kTokens * 128);
     for (int r = 0; r < kRanks && base + r < p.rank; r += 16) {
-      const auto word = [&](int rows, int ranks) {
-        return *reinterpret_cast<const uint32_t*>(up + int64_t{rows} * p.rank + base + r + ranks);
-      };
-      uint32_t a[4] = {word(0, 0), word(8, 0), word(0, 8), word(8, 8)};
+      uint32_t a[4];
+      load_up(p, n, base + r, a);
       hold(a);
       wgmma_fence();
       Wgmma<kTokens>::bf16(sum, a, tokens + r / 8, 1);
@@ -291,24 +295,23 @@ __device__ void store_plain(const Args& p, int panel, int token, const float (&s
   }
 }
 
-// Sums of products become numbers: each has its token's scale, and its row's.
+// Sums of products become numbers: each has its token's scale.
 template <int kTokens>
-__device__ void scale_sums(const Args& p, int token, float low, float high, float (&sum)[kTokens / 2]) {
+__device__ void scale_sums(const Args& p, int token, float (&sum)[kTokens / 2]) {
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j) {
     const int m = token + j * 8 + threadIdx.x % 4 * 2;
     const float even = m < p.m ? p.act_scale[m] : 0.0f, odd = m + 1 < p.m ? p.act_scale[m + 1] : 0.0f;
-    sum[4 * j] *= even * low;
-    sum[4 * j + 1] *= odd * low;
-    sum[4 * j + 2] *= even * high;
-    sum[4 * j + 3] *= odd * high;
+    sum[4 * j] *= even * kCodeUnit;
+    sum[4 * j + 1] *= odd * kCodeUnit;
+    sum[4 * j + 2] *= even * kCodeUnit;
+    sum[4 * j + 3] *= odd * kCodeUnit;
   }
 }
 
-// + bias, and what stands behind it. `n` is the first of this thread's two rows.
+// + bias of this thread's two rows, and what stands behind it.
 template <int kTokens>
-__device__ void finish_sums(const Args& p, int n, float (&sum)[kTokens / 2]) {
-  const float low = p.bias[n], high = p.bias[n + 8];
+__device__ void finish_sums(const Args& p, float low, float high, float (&sum)[kTokens / 2]) {
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) sum[i] += i & 2 ? high : low;
   if (p.gelu) {
@@ -330,9 +333,10 @@ __device__ void compute(const CUtensorMap& out, const Args& p, Stage<kTokens> at
     const int panel = real ? wanted : 0;
     float sum[kTokens / 2];
     multiply<kTokens>(p, at, turn, group, tile + clusters >= p.tiles, sum);
-    scale_sums<kTokens>(p, token, kCodeUnit, kCodeUnit, sum);
+    scale_sums<kTokens>(p, token, sum);
     if (p.rank) add_low_rank<kTokens>(p, at, turn, panel, sum);
-    finish_sums<kTokens>(p, panel * kRows + thread / 32 * 16 + lane / 4, sum);
+    const int n = panel * kRows + thread / 32 * 16 + lane / 4;
+    finish_sums<kTokens>(p, p.bias[n], p.bias[n + 8], sum);
     if (!real) continue;
     const uint32_t buffer = at.out + group * Shape<kTokens>::kOutBytes;
     if (p.boxed && p.y_dtype == DType::bf16) {

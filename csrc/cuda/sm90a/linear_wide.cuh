@@ -65,9 +65,37 @@ __device__ void fetch_wide(const CUtensorMap& act, const CUtensorMap& low_rank, 
   }
 }
 
+// What a thread needs of its two rows once the product is done, fetched before it begins.
+template <int kTokens>
+struct Rows {
+  static constexpr int kAhead = kTokens == 256 ? 1 : 2;  // times 16 ranks: where registers are left
+  float low, high;
+  uint32_t up[kAhead][4];
+
+  __device__ Rows(const Args& p, int n) {
+    low = p.row_most[n] / kLargest, high = p.row_most[n + 8] / kLargest;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (i * 16 < p.rank) load_up(p, n, i * 16, up[i]);
+    }
+  }
+};
+
+// Scales of the tokens in this thread's columns.
+template <int kTokens>
+__device__ void load_token_scales(const Args& p, int token, float (&scale)[kTokens / 4]) {
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; ++j) {
+    const int m = token + j * 8 + threadIdx.x % 4 * 2;
+    scale[2 * j] = m < p.m ? p.act_scale[m] : 0.0f;
+    scale[2 * j + 1] = m + 1 < p.m ? p.act_scale[m + 1] : 0.0f;
+  }
+}
+
+// The product of a tile, and its tokens' scales, which come while the last step is under way.
 template <int kTokens>
 __device__ void multiply_wide(const Args& p, WideStage<kTokens> at, Turn<WideShape<kTokens>::kStages>& turn, int group,
-                              float (&sum)[kTokens / 2]) {
+                              int token, float (&scale)[kTokens / 4], float (&sum)[kTokens / 2]) {
   using S = WideShape<kTokens>;
   const int lane = threadIdx.x % 32;
   int before = 0;
@@ -85,11 +113,40 @@ __device__ void multiply_wide(const Args& p, WideStage<kTokens> at, Turn<WideSha
     if (step && lane < 2) barrier_arrive_at(at.empty + before * 8, lane);
     before = turn.stage;
   }
+  load_token_scales<kTokens>(p, token, scale);
   wgmma_wait<0>();
   if (lane < 2) barrier_arrive_at(at.empty + before * 8, lane);
   // The compiler knows nothing of products under way and would read sums too early.
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+}
+
+// sum += up x low_rank as in linear.cuh, with what Rows holds already.
+template <int kTokens>
+__device__ void add_low_rank_wide(const Args& p, WideStage<kTokens> at, Turn<WideShape<kTokens>::kStages>& turn, int n,
+                                  const Rows<kTokens>& rows, float (&sum)[kTokens / 2]) {
+  const int lane = threadIdx.x % 32;
+  for (int base = 0; base < p.rank; base += kRanks, turn.next()) {
+    barrier_wait(at.full + turn.stage * 8, turn.phase);
+    const uint64_t tokens = operand_descriptor(at.tokens + turn.stage * kTokens * 128);
+#pragma unroll
+    for (int r = 0; r < kRanks; r += 16) {
+      if (base + r >= p.rank) break;
+      uint32_t a[4];
+      if (base == 0 && r < Rows<kTokens>::kAhead * 16) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = rows.up[r / 16 % Rows<kTokens>::kAhead][i];
+      } else {
+        load_up(p, n, base + r, a);
+      }
+      hold(a);
+      wgmma_fence();
+      Wgmma<kTokens>::bf16(sum, a, tokens + r / 8, 1);
+      wgmma_commit();
+      wgmma_wait();
+    }
+    if (lane < 2) barrier_arrive_at(at.empty + turn.stage * 8, lane);
+  }
 }
 
 template <int kTokens>
@@ -103,11 +160,14 @@ __device__ void compute_wide(const CUtensorMap& out, const Args& p, WideStage<kT
     const int wanted = (tile / p.token_tiles * 2 + static_cast<int>(rank_in_cluster)) * 2 + group;
     const bool real = wanted < p.panels;
     const int panel = real ? wanted : 0, n = panel * kRows + thread / 32 * 16 + lane / 4;
-    float sum[kTokens / 2];
-    multiply_wide<kTokens>(p, at, turn, group, sum);
-    scale_sums<kTokens>(p, token, p.row_most[n] / kLargest, p.row_most[n + 8] / kLargest, sum);
-    if (p.rank) add_low_rank<kTokens>(p, at, turn, panel, sum);
-    finish_sums<kTokens>(p, n, sum);
+    const Rows<kTokens> rows(p, n);
+    float sum[kTokens / 2], scale[kTokens / 4];
+    multiply_wide<kTokens>(p, at, turn, group, token, scale, sum);
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) sum[i] *= scale[i / 4 * 2 + i % 2] * (i & 2 ? rows.high : rows.low);
+    const float bias_low = p.bias[n], bias_high = p.bias[n + 8];
+    add_low_rank_wide<kTokens>(p, at, turn, n, rows, sum);
+    finish_sums<kTokens>(p, bias_low, bias_high, sum);
     if (!real) continue;
     const uint32_t buffer = at.out + group * S::kOutBytes;
     if (!p.boxed) {

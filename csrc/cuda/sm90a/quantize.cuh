@@ -1,27 +1,30 @@
-// Tokens for Hopper's W4A8 linear, in one read: [x + gate y,] [LayerNorm and modulation,] smoothing, e4m3 with one
-// scale a token, and the projection onto the low-rank branch. One pass serves up to two linears that read the same
-// tokens.
+// Tokens for Hopper's W4A8 linear, in one read: [LayerNorm and modulation,] smoothing, e4m3 with one scale a token, and
+// the projection onto the low-rank branch. One pass serves up to two linears that read the same tokens.
 //
-// A CTA takes 16 tokens and keeps their inputs in shared memory; where a row is too long, a cluster of CTAs shares it,
-// a slice each. What needs a whole row (mean, variance, largest value, projection) is then summed slice by slice in the
-// order of the cluster's ranks, so a result has the same bits whatever runs beside it.
+// The copy engine brings the rows of a CTA's tokens to shared memory. Then a thread owns columns, of all tokens, so
+// that what belongs to a column (smooth factors, modulation) is read once. Where a row is too long, a cluster of CTAs
+// shares it, a slice each. Sums over warps and CTAs are taken in their order, so a result has the same bits whatever
+// runs beside it.
 #pragma once
 #include "../kernels.h"
 #include "ptx.cuh"
 
 namespace nibble::sm90a {
 
-constexpr int kQuantTokens = 16, kQuantThreads = 256, kQuantWarps = kQuantThreads / 32;
-constexpr int kRowsAtOnce = kQuantTokens / kQuantWarps;  // of a warp: 2
-constexpr int kRankChunk = 32;                           // ranks projected at a time
-constexpr int kPartials = 4;                             // projections of so many warps are kept apart
+constexpr int kQuantTokens = 24, kQuantThreads = 384, kQuantWarps = kQuantThreads / 32;  // at most, of a CTA
+constexpr int kTokenBlocks = kQuantTokens / 8;                                           // of a matrix product
+constexpr int kRankChunk = 32;                                                           // ranks projected at a time
 constexpr float kLargestE4m3 = 448;
 
 struct QuantShared {
-  float sums[2][kQuantTokens];     // of a slice: what the other CTAs of the cluster read
-  float largest[2][kQuantTokens];  // of a slice, for each target
-  float whole[kQuantTokens];       // of the row
-  float projected[kQuantTokens][kRankChunk + 1];
+  uint64_t arrived;  // the barrier of the rows' copies
+  float mean[kQuantTokens], inverse[kQuantTokens];
+  float largest[2][kQuantTokens];  // of this slice, for each target: what the other CTAs of the cluster read
+  float by[2][kQuantTokens];       // what makes codes of smoothed values
+  union {
+    float of_warp[2][kQuantWarps][kQuantTokens];  // largest values
+    float projected[kQuantTokens][kRankChunk + 1];
+  };
 };
 
 __device__ inline float read_remote(const float* local, uint32_t cta) {
@@ -72,181 +75,8 @@ __device__ inline float warp_sum(float v) {
   return v;
 }
 
-__device__ inline float warp_max(float v) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, step));
-  return v;
-}
-
-// Where a CTA stands: its tokens, its slice of the inputs, and its rows in shared memory.
-struct Slice {
-  const QuantizeFp8& p;
-  QuantShared& shared;
-  uint8_t* rows;  // kQuantTokens rows of `pitch` bytes
-  int slice, first_input, first_token, pitch, clusters, rank, warp, lane;
-
-  __device__ uint4& at(int token, int input) const {
-    return *reinterpret_cast<uint4*>(rows + token * pitch + input * 2);
-  }
-  __device__ int row(int r) const { return warp + r * kQuantWarps; }
-  __device__ bool real(int t) const { return first_token + t < p.m; }
-  __device__ int64_t sample(int t) const {
-    return min(static_cast<int>((first_token + t) / p.tokens_per_sample), p.samples - 1);
-  }
-  __device__ void sync() const {
-    if (clusters > 1) {
-      cluster_sync();
-    } else {
-      __syncthreads();
-    }
-  }
-};
-
-// Sums (or largest values) of every row over the cluster, from `parts` of each CTA into `whole`.
-template <bool kLargest>
-__device__ void over_cluster(const Slice& s, const float (&parts)[kQuantTokens]) {
-  s.sync();
-  if (threadIdx.x < kQuantTokens) {
-    float all = 0.0f;
-    for (int cta = 0; cta < s.clusters; ++cta) {
-      const float part = s.clusters > 1 ? read_remote(&parts[threadIdx.x], cta) : parts[threadIdx.x];
-      all = kLargest ? fmaxf(all, part) : all + part;
-    }
-    s.shared.whole[threadIdx.x] = all;
-  }
-  __syncthreads();
-}
-
 __device__ inline const uint4* vector_at(const void* base, int64_t element) {
   return reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(base) + element);
-}
-
-// The largest values of |v / smooth| so far, for every target.
-__device__ inline void note_largest(const Slice& s, int i, const float (&v)[kRowsAtOnce][8],
-                                    float (&largest)[2][kRowsAtOnce]) {
-#pragma unroll
-  for (int target = 0; target < 2; ++target) {
-    if (target >= s.p.targets) break;
-    float by[8] = {1, 1, 1, 1, 1, 1, 1, 1};
-    if (const float* inv = s.p.target[target].inv_smooth) {
-      const auto* from = reinterpret_cast<const float4*>(inv + s.first_input + i);
-      const float4 a = from[0], b = from[1];
-      by[0] = a.x, by[1] = a.y, by[2] = a.z, by[3] = a.w, by[4] = b.x, by[5] = b.y, by[6] = b.z, by[7] = b.w;
-    }
-#pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) largest[target][r] = fmaxf(largest[target][r], fabsf(v[r][j] * by[j]));
-    }
-  }
-}
-
-__device__ inline void keep_largest(const Slice& s, const float (&largest)[2][kRowsAtOnce]) {
-#pragma unroll
-  for (int target = 0; target < 2; ++target) {
-#pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      const float all = warp_max(largest[target][r]);
-      if (s.lane == 0) s.shared.largest[target][s.row(r)] = all;
-    }
-  }
-}
-
-// v = x + gate (y + y2), rounded to 16 bits and written.
-__device__ inline void add_branch(const Slice& s, int t, int i, float (&v)[8]) {
-  const QuantizeFp8& p = s.p;
-  const int64_t at = int64_t{s.first_token + t} * p.k + s.first_input + i;
-  float added[8], gate[8];
-  unpack_eight(*vector_at(p.y, at), added);
-  unpack_eight(*vector_at(p.gate, s.sample(t) * p.mod_stride + s.first_input + i), gate);
-  if (p.y2) {
-    float more[8];
-    unpack_eight(*vector_at(p.y2, at), more);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) added[j] += more[j];
-  }
-#pragma unroll
-  for (int j = 0; j < 8; ++j) v[j] = __bfloat162float(__float2bfloat16_rn(fmaf(gate[j], added[j], v[j])));
-  *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.x_out) + at) = pack_eight(v);
-}
-
-// Load the slice. Leaves row sums in sums[0] where they will be normalized, else the largest values.
-__device__ inline void load_rows(const Slice& s) {
-  const QuantizeFp8& p = s.p;
-  float sum[kRowsAtOnce] = {}, largest[2][kRowsAtOnce] = {};
-#pragma unroll 2
-  for (int i = s.lane * 8; i < s.slice; i += 256) {
-    float v[kRowsAtOnce][8] = {};
-    uint4 raw[kRowsAtOnce] = {};
-#pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      const int t = s.row(r);
-      if (s.real(t)) raw[r] = *vector_at(p.x, int64_t{s.first_token + t} * p.x_stride + s.first_input + i);
-    }
-#pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      const int t = s.row(r);
-      unpack_eight(raw[r], v[r]);
-      if (p.y && s.real(t)) add_branch(s, t, i, v[r]);
-      s.at(t, i) = p.y ? pack_eight(v[r]) : raw[r];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sum[r] += v[r][j];
-    }
-    if (!p.scale) note_largest(s, i, v, largest);
-  }
-  if (!p.scale) keep_largest(s, largest);
-#pragma unroll
-  for (int r = 0; r < kRowsAtOnce; ++r) {
-    sum[r] = warp_sum(sum[r]);
-    if (s.lane == 0) s.shared.sums[0][s.row(r)] = sum[r];
-  }
-}
-
-// LayerNorm without parameters, then h (1 + scale) + shift, in place.
-__device__ inline void normalize_rows(const Slice& s) {
-  const QuantizeFp8& p = s.p;
-  over_cluster<false>(s, s.shared.sums[0]);
-  float mean[kRowsAtOnce], squares[kRowsAtOnce] = {}, inverse[kRowsAtOnce], largest[2][kRowsAtOnce] = {};
-#pragma unroll
-  for (int r = 0; r < kRowsAtOnce; ++r) mean[r] = s.shared.whole[s.row(r)] / p.k;
-#pragma unroll 3
-  for (int i = s.lane * 8; i < s.slice; i += 256) {
-#pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      float v[8];
-      unpack_eight(s.at(s.row(r), i), v);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) squares[r] += (v[j] - mean[r]) * (v[j] - mean[r]);
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < kRowsAtOnce; ++r) {
-    squares[r] = warp_sum(squares[r]);
-    if (s.lane == 0) s.shared.sums[1][s.row(r)] = squares[r];
-  }
-  over_cluster<false>(s, s.shared.sums[1]);
-#pragma unroll
-  for (int r = 0; r < kRowsAtOnce; ++r) inverse[r] = rsqrtf(s.shared.whole[s.row(r)] / p.k + p.eps);
-#pragma unroll 2
-  for (int i = s.lane * 8; i < s.slice; i += 256) {
-    float v[kRowsAtOnce][8];
-#pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      const int t = s.row(r);
-      const int64_t from = s.sample(t) * p.mod_stride + s.first_input + i;
-      float scale[8], shift[8];
-      unpack_eight(*vector_at(p.scale, from), scale);
-      unpack_eight(*vector_at(p.shift, from), shift);
-      unpack_eight(s.at(t, i), v[r]);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) v[r][j] = fmaf((v[r][j] - mean[r]) * inverse[r], 1.0f + scale[j], shift[j]);
-      const uint4 rounded = pack_eight(v[r]);
-      s.at(t, i) = rounded;
-      unpack_eight(rounded, v[r]);
-    }
-    note_largest(s, i, v, largest);
-  }
-  keep_largest(s, largest);
 }
 
 __device__ inline uint32_t four_codes(const float* v, float by) {
@@ -260,118 +90,331 @@ __device__ inline uint32_t four_codes(const float* v, float by) {
   return packed;
 }
 
-__device__ inline void smoothed(const Slice& s, const float* inv_smooth, int t, int i, float (&v)[8]) {
-  unpack_eight(s.at(t, i), v);
-  if (!inv_smooth) return;
-  const auto* from = reinterpret_cast<const float4*>(inv_smooth + s.first_input + i);
-  const float4 a = from[0], b = from[1];
-  v[0] *= a.x, v[1] *= a.y, v[2] *= a.z, v[3] *= a.w, v[4] *= b.x, v[5] *= b.y, v[6] *= b.z, v[7] *= b.w;
-}
+// Where a CTA stands: its tokens, its slice of the inputs, and its rows in shared memory.
+struct Place {
+  const QuantizeFp8& p;
+  QuantShared& shared;
+  uint8_t* rows;  // of `pitch` bytes
+  int tokens, first_token, slice, first_input, pitch, clusters, rank, warp, warps, lane;
 
-__device__ inline void write_codes(const Slice& s, const QuantizeTarget& to, int target) {
-  over_cluster<true>(s, s.shared.largest[target]);
-  float by[kRowsAtOnce];
-#pragma unroll
-  for (int r = 0; r < kRowsAtOnce; ++r) {
-    const float largest = s.shared.whole[s.row(r)];
-    by[r] = largest < kTinyMax ? 0.0f : kLargestE4m3 / largest;
-    if (s.rank == 0 && s.lane == 0 && s.real(s.row(r))) {
-      to.scales[s.first_token + s.row(r)] = largest < kTinyMax ? 0.0f : largest * (1.0f / kLargestE4m3);
+  __device__ uint4& at(int token, int input) const {
+    return *reinterpret_cast<uint4*>(rows + token * pitch + input * 2);
+  }
+  __device__ int sample(int t) const {
+    return min(static_cast<int>((first_token + t) / p.tokens_per_sample), p.samples - 1);
+  }
+  __device__ void sync() const {
+    if (clusters > 1) {
+      cluster_sync();
+    } else {
+      __syncthreads();
     }
   }
-#pragma unroll 3
-  for (int i = s.lane * 8; i < s.slice; i += 256) {
+};
+
+__device__ inline void load_rows(const Place& s) {
+  const uint32_t barrier = shared_address(&s.shared.arrived), bytes = s.slice * 2;
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (s.warp == 0) {
+    if (s.lane == 0) barrier_expect(barrier, s.tokens * bytes);
+    __syncwarp();
+    if (s.lane < s.tokens) {
+      const int64_t from = int64_t{s.first_token + s.lane} * s.p.x_stride + s.first_input;
+      copy_bulk(shared_address(&s.at(s.lane, 0)), vector_at(s.p.x, from), bytes, barrier);
+    }
+  }
+  barrier_wait(barrier, 0);
+}
+
+// Mean and inverse deviation of every row; a warp takes whole rows, which no cluster shares here.
+__device__ inline void row_statistics(const Place& s) {
+  for (int t = s.warp; t < s.tokens; t += s.warps) {
+    float mean = 0.0f, sum = 0.0f;
 #pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      float v[8];
-      smoothed(s, to.inv_smooth, s.row(r), i, v);
-      if (!s.real(s.row(r))) continue;
-      *reinterpret_cast<uint2*>(to.codes + int64_t{s.first_token + s.row(r)} * s.p.k + s.first_input + i) = {
-          four_codes(v, by[r]), four_codes(v + 4, by[r])};
+    for (int pass = 0; pass < 2; ++pass) {
+      sum = 0.0f;
+#pragma unroll 4
+      for (int i = s.lane * 8; i < s.slice; i += 256) {
+        float v[8];
+        unpack_eight(s.at(t, i), v);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum = pass ? fmaf(v[j] - mean, v[j] - mean, sum) : sum + v[j];
+      }
+      sum = warp_sum(sum) / s.p.k;
+      if (!pass) mean = sum;
+    }
+    if (s.lane == 0) s.shared.mean[t] = mean, s.shared.inverse[t] = rsqrtf(sum + s.p.eps);
+  }
+  __syncthreads();
+}
+
+// What a thread keeps of its eight columns while it goes through the tokens.
+template <int kTargets>
+struct Columns {
+  float inv_smooth[kTargets][8];
+
+  __device__ Columns(const Place& s, int i, bool real) {
+#pragma unroll
+    for (int target = 0; target < kTargets; ++target) {
+      const float* inv = s.p.target[target].inv_smooth;
+      float4 a{1, 1, 1, 1}, b = a;
+      if (inv && real) {
+        a = reinterpret_cast<const float4*>(inv + s.first_input + i)[0];
+        b = reinterpret_cast<const float4*>(inv + s.first_input + i)[1];
+      }
+      float (&to)[8] = inv_smooth[target];
+      to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+    }
+  }
+};
+
+// h = LayerNorm(h) (1 + scale) + shift, rounded to 16 bits, in place.
+struct Modulation {
+  float scale[8], shift[8];
+  int sample = -1;
+
+  __device__ void apply(const Place& s, int t, int i, float (&v)[8]) {
+    if (s.sample(t) != sample) {
+      sample = s.sample(t);
+      const int64_t from = int64_t{sample} * s.p.mod_stride + i;
+      unpack_eight(*vector_at(s.p.scale, from), scale);
+      unpack_eight(*vector_at(s.p.shift, from), shift);
+    }
+    const float mean = s.shared.mean[t], inverse = s.shared.inverse[t];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = fmaf((v[j] - mean) * inverse, 1.0f + scale[j], shift[j]);
+    const uint4 rounded = pack_eight(v);
+    s.at(t, i) = rounded;
+    unpack_eight(rounded, v);
+  }
+};
+
+// [Normalizes, and] leaves in of_warp the largest values of |v / smooth| in the columns of each warp.
+template <int kTargets, bool kNorm>
+__device__ inline void find_largest(const Place& s) {
+  for (int base = s.warp * 256; base < s.slice; base += s.warps * 256) {
+    const int i = base + s.lane * 8;
+    const bool real = i < s.slice;
+    const Columns<kTargets> columns(s, i, real);
+    Modulation modulation;
+#pragma unroll 2
+    for (int t = 0; t < s.tokens; ++t) {
+      float v[8] = {};
+      if (real) {
+        unpack_eight(s.at(t, i), v);
+        if (kNorm) modulation.apply(s, t, i, v);
+      }
+#pragma unroll
+      for (int target = 0; target < kTargets; ++target) {
+        float largest = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(v[j] * columns.inv_smooth[target][j]));
+        // Floats that are not negative keep their order as integers.
+        largest = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)));
+        float& kept = s.shared.of_warp[target][s.warp][t];
+        if (s.lane == 0) kept = base < s.warps * 256 ? largest : fmaxf(kept, largest);
+      }
     }
   }
 }
 
-// Projections of the slice onto 32 ranks: warps take runs of 32 inputs in turns, their sums meet in shared memory.
-// The 32 inputs of a run are dealt to the matrix units eight a lane: any order serves, if both operands keep to it.
-__device__ inline void project(const Slice& s, const QuantizeTarget& to, int first_rank, float* partial) {
-  constexpr int kBlocks = kRankChunk / 8;
-  float d[kBlocks][4] = {};
+// The largest values of whole rows, and the scales that follow from them.
+template <int kTargets>
+__device__ inline void choose_scales(const Place& s) {
+  __syncthreads();
+  const int target = threadIdx.x / kQuantTokens, t = threadIdx.x % kQuantTokens;
+  const bool mine = target < kTargets && t < s.tokens;
+  float largest = 0.0f;
+  if (mine) {
+    // A warp past the end of a short row has noted nothing.
+    for (int warp = 0; warp < s.warps && warp * 256 < s.slice; ++warp) {
+      largest = fmaxf(largest, s.shared.of_warp[target][warp][t]);
+    }
+    s.shared.largest[target][t] = largest;
+  }
+  if (s.clusters > 1) {
+    cluster_sync();
+    for (int cta = 0; cta < s.clusters && mine; ++cta) {
+      largest = fmaxf(largest, read_remote(&s.shared.largest[target][t], cta));
+    }
+  }
+  if (mine) {
+    const bool nothing = largest < kTinyMax;
+    s.shared.by[target][t] = nothing ? 0.0f : kLargestE4m3 / largest;
+    if (s.rank == 0) s.p.target[target].scales[s.first_token + t] = nothing ? 0.0f : largest * (1.0f / kLargestE4m3);
+  }
+  __syncthreads();
+}
+
+template <int kTargets>
+__device__ inline void write_codes(const Place& s) {
+  for (int i = threadIdx.x * 8; i < s.slice; i += s.warps * 256) {
+    const Columns<kTargets> columns(s, i, true);
+#pragma unroll 2
+    for (int t = 0; t < s.tokens; ++t) {
+      float v[8], w[8];
+      unpack_eight(s.at(t, i), v);
+#pragma unroll
+      for (int target = 0; target < kTargets; ++target) {
+        const float by = s.shared.by[target][t];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) w[j] = v[j] * columns.inv_smooth[target][j];
+        const int64_t to = int64_t{s.first_token + t} * s.p.k + s.first_input + i;
+        *reinterpret_cast<uint2*>(s.p.target[target].codes + to) = {four_codes(w, by), four_codes(w + 4, by)};
+      }
+    }
+  }
+}
+
+// Sums of a chunk of 32 ranks, as the matrix units leave them in a warp: ranks down, tokens across.
+using Sums = float[kRankChunk / 16][kTokenBlocks][4];
+
+// Warps take runs of 32 inputs in turns. The 32 inputs of a run are dealt to the matrix units eight a lane: any order
+// serves, if both operands keep to it.
+__device__ inline void multiply_down(const Place& s, const QuantizeTarget& to, int first_rank, Sums& d) {
   const int row = s.lane / 4, run = s.lane % 4 * 8;
-#pragma unroll 3
-  for (int i = s.warp * 32; i < s.slice; i += kQuantWarps * 32) {
-    uint4 down[kBlocks];
+  const auto* from = static_cast<const uint4*>(to.down) + s.lane;
+  const int tiles = static_cast<int>(to.rank / 8), first_tile = first_rank / 8;
+#pragma unroll 2
+  for (int i = s.warp * 32; i < s.slice; i += s.warps * 32) {
+    const auto* tile = from + (int64_t{s.first_input + i} / 32 * tiles + first_tile) * 32;
+    uint4 down[kRankChunk / 8];
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-      const int rank = first_rank + j * 8 + row;
-      down[j] = rank < to.rank ? *vector_at(to.down, int64_t{rank} * s.p.k + s.first_input + i + run) : uint4{};
-    }
-    const uint4 a = s.at(row, i + run), b = s.at(row + 8, i + run);
+    for (int j = 0; j < kRankChunk / 8; ++j) down[j] = first_tile + j < tiles ? tile[j * 32] : uint4{};
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-      multiply_16(d[j], a.x, b.x, a.y, b.y, down[j].x, down[j].y);
-      multiply_16(d[j], a.z, b.z, a.w, b.w, down[j].z, down[j].w);
+    for (int block = 0; block < kTokenBlocks; ++block) {
+      if (block * 8 >= s.tokens) break;
+      const uint4 v = s.at(min(block * 8 + row, s.tokens - 1), i + run);
+#pragma unroll
+      for (int m = 0; m < kRankChunk / 16; ++m) {
+        const uint4 &a = down[2 * m], &b = down[2 * m + 1];
+        multiply_16(d[m][block], a.x, b.x, a.y, b.y, v.x, v.y);
+        multiply_16(d[m][block], a.z, b.z, a.w, b.w, v.z, v.w);
+      }
     }
   }
-  for (int round = 0; round < kQuantWarps / kPartials; ++round) {
-    if (s.warp / kPartials == round) {
+}
+
+// A lane's two sums of a part (tokens `token` and the next, of rank `rank`) are d[m][block][half * 2] and the one
+// after.
+constexpr int kParts = kRankChunk / 16 * kTokenBlocks * 2;
+
+struct Part {
+  int m, block, half, token, rank;
+
+  __device__ Part(const Place& s, int part)
+      : m(part / (2 * kTokenBlocks)),
+        block(part / 2 % kTokenBlocks),
+        half(part % 2),
+        token(block * 8 + s.lane % 4 * 2),
+        rank(m * 16 + s.lane / 4 + half * 8) {}
+};
+
+// The warps' sums, added into `projected`. In each round every warp adds another part, so that none waits for another;
+// which warp comes when depends on nothing but the part.
+__device__ inline void add_warps(const Place& s, const Sums& d) {
+  static_assert(kParts >= kQuantWarps, "two warps would add to the same sums");
+  auto& projected = s.shared.projected;
+  __syncthreads();
+  for (int i = threadIdx.x; i < s.tokens * kRankChunk; i += s.warps * 32) {
+    projected[i / kRankChunk][i % kRankChunk] = 0.0f;
+  }
+  for (int round = 0; round < kParts; ++round) {
+    __syncthreads();
+    const int mine = (s.warp + round) % kParts;
 #pragma unroll
-      for (int j = 0; j < kBlocks; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = row + i / 2 * 8, rank = j * 8 + s.lane % 4 * 2 + i % 2;
-          float& sum = partial[(s.warp % kPartials * kQuantTokens + token) * kRankChunk + rank];
-          sum = round ? sum + d[j][i] : d[j][i];
+    for (int i = 0; i < kParts; ++i) {
+      const Part part(s, i);
+      if (i == mine && part.token < s.tokens) {
+        projected[part.token][part.rank] += d[part.m][part.block][part.half * 2];
+        if (part.token + 1 < s.tokens) {
+          projected[part.token + 1][part.rank] += d[part.m][part.block][part.half * 2 + 1];
         }
       }
     }
-    __syncthreads();
   }
-  for (int i = threadIdx.x; i < kQuantTokens * kRankChunk; i += kQuantThreads) {
-    float sum = 0.0f;
+}
+
+// The same for a CTA's last sums, which may take the place of the rows: all warps at once.
+__device__ inline void add_warps_in_rows(const Place& s, const Sums& d) {
+  const int room = s.tokens * kRankChunk;
+  auto* sums = reinterpret_cast<float*>(s.rows);
+  __syncthreads();
 #pragma unroll
-    for (int part = 0; part < kPartials; ++part) sum += partial[part * kQuantTokens * kRankChunk + i];
+  for (int i = 0; i < kParts; ++i) {
+    const Part part(s, i);
+    float* to = sums + s.warp * room + part.token * kRankChunk + part.rank;
+    if (part.token < s.tokens) to[0] = d[part.m][part.block][part.half * 2];
+    if (part.token + 1 < s.tokens) to[kRankChunk] = d[part.m][part.block][part.half * 2 + 1];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < room; i += s.warps * 32) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int warp = 0; warp < s.warps; ++warp) sum += sums[warp * room + i];
     s.shared.projected[i / kRankChunk][i % kRankChunk] = sum;
+  }
+}
+
+__device__ inline void project(const Place& s, const QuantizeTarget& to, int first_rank, bool last) {
+  Sums d = {};
+  multiply_down(s, to, first_rank, d);
+  if (last && s.warps * kRankChunk * 4 <= s.pitch) {
+    add_warps_in_rows(s, d);
+  } else {
+    add_warps(s, d);
   }
   s.sync();
   // Each CTA finishes some of the tokens.
-  const int share = kQuantTokens / s.clusters;
-  for (int i = threadIdx.x; i < share * kRankChunk; i += kQuantThreads) {
-    const int t = s.rank * share + i / kRankChunk, rank = first_rank + i % kRankChunk;
+  for (int i = threadIdx.x; i < s.tokens * kRankChunk; i += s.warps * 32) {
+    const int t = i / kRankChunk, rank = first_rank + i % kRankChunk;
+    if (t % s.clusters != s.rank || rank >= to.rank) continue;
     const float* mine = &s.shared.projected[t][i % kRankChunk];
     float sum = s.clusters > 1 ? 0.0f : *mine;
     for (int cta = 0; cta < s.clusters && s.clusters > 1; ++cta) sum += read_remote(mine, cta);
-    if (s.real(t) && rank < to.rank) {
-      static_cast<__nv_bfloat16*>(to.low_rank)[int64_t{s.first_token + t} * to.rank + rank] = __float2bfloat16_rn(sum);
-    }
+    static_cast<__nv_bfloat16*>(to.low_rank)[int64_t{s.first_token + t} * to.rank + rank] = __float2bfloat16_rn(sum);
   }
   s.sync();  // the others' sums may not change while somebody reads them
 }
 
-__global__ void __launch_bounds__(kQuantThreads, 2) quantize_fp8_kernel(const __grid_constant__ QuantizeFp8 p) {
-  extern __shared__ __align__(16) uint8_t memory[];
+// `tokens` of a CTA, rows of `pitch` bytes.
+template <int kTargets, bool kNorm>
+__global__ void __launch_bounds__(kQuantThreads, 2)
+    quantize_fp8_kernel(const __grid_constant__ QuantizeFp8 p, int tokens, int pitch) {
+  extern __shared__ __align__(128) uint8_t memory[];
   __shared__ QuantShared shared;
   uint32_t clusters;
   asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(clusters));
-  const int rank = static_cast<int>(cluster_rank()), slice = static_cast<int>(p.k / clusters), pitch = slice * 2 + 16;
-  const Slice s{p,
+  const int rank = static_cast<int>(cluster_rank()), slice = static_cast<int>(p.k / clusters);
+  const int first = static_cast<int>(blockIdx.x / clusters) * tokens;
+  const Place s{p,
                 shared,
                 memory,
+                min(tokens, static_cast<int>(p.m) - first),
+                first,
                 slice,
                 rank * slice,
-                static_cast<int>(blockIdx.x / clusters) * kQuantTokens,
                 pitch,
                 static_cast<int>(clusters),
                 rank,
-                static_cast<int>(threadIdx.x / 32),
+                __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0),
+                static_cast<int>(blockDim.x / 32),
                 static_cast<int>(threadIdx.x % 32)};
-  auto* partial = reinterpret_cast<float*>(memory + kQuantTokens * pitch);
   load_rows(s);
-  if (p.scale) normalize_rows(s);
-  for (int i = 0; i < p.targets; ++i) {
-    const QuantizeTarget& to = p.target[i];
-    write_codes(s, to, i);
-    for (int first = 0; first < to.rank; first += kRankChunk) project(s, to, first, partial);
+  if (kNorm) row_statistics(s);
+  find_largest<kTargets, kNorm>(s);
+  choose_scales<kTargets>(s);
+  write_codes<kTargets>(s);
+  // choose_scales is done with of_warp everywhere before the sums that share its place begin.
+  for (int i = 0; i < kTargets; ++i) {
+    const int64_t ranks = p.target[i].rank;
+    for (int chunk = 0; chunk < ranks; chunk += kRankChunk) {
+      project(s, p.target[i], chunk, i == kTargets - 1 && chunk + kRankChunk >= ranks);
+    }
   }
   s.sync();  // no CTA may go while another reads its sums
 }

@@ -1,0 +1,142 @@
+"""FLUX.1's blocks with fewer copies and passes: diffusers' own classes, of which `forward` alone is another.
+
+A block that is asked for more than a plain step (another attention processor, attention arguments) runs as diffusers
+wrote it. `fuse_blocks(model)` and `unfuse_blocks(model)` switch; the picture is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor, nn
+
+from engine import ops
+from engine.linear import SVDQuantLinear
+
+__all__ = ["FusedDoubleBlock", "FusedSingleBlock", "fuse_blocks", "unfuse_blocks"]
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class FusedSingleBlock(FluxSingleTransformerBlock):
+    """A single block whose projections read the stream, attention's and the MLP's outputs where they are."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotary | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """picture (B, M, D), text (B, L, D), temb (B, D) -> text, picture after the block."""
+        if joint_attention_kwargs or image_rotary_emb is None or not _plain(self.attn):
+            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        text, x = encoder_hidden_states.shape[1], _joined(encoder_hidden_states, hidden_states)
+        shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
+        qkv, mlp = _normed(x, scale, shift, self.norm.norm, self.attn.to_qkv, self.proj_mlp)
+        attended = _attend(self.attn, qkv, None, image_rotary_emb)
+        out: Any = self.proj_out
+        x = ops.gated_add(x, gate, out.attn(attended), out.mlp(self.act_mlp(mlp)))
+        if x.dtype == torch.float16:
+            x = x.clip(-65504, 65504)
+        return x[:, :text], x[:, text:]
+
+
+class FusedDoubleBlock(FluxTransformerBlock):
+    """A double block whose projections take the norms before them along."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotary | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """picture (B, M, D), text (B, L, D), temb (B, D) -> text, picture after the block."""
+        if joint_attention_kwargs or image_rotary_emb is None or not _plain(self.attn):
+            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        attn, length = self.attn, encoder_hidden_states.shape[1]
+        picture, text = (norm.linear(norm.silu(temb)).chunk(6, dim=1) for norm in (self.norm1, self.norm1_context))
+        (qkv,) = _normed(hidden_states, picture[1], picture[0], self.norm1.norm, attn.to_qkv)
+        (added,) = _normed(encoder_hidden_states, text[1], text[0], self.norm1_context.norm, attn.to_added_qkv)
+        attended = _attend(attn, qkv, added, image_rotary_emb)
+        seen, read = attended[:, length:], attended[:, :length]
+        hidden_states = ops.gated_add(hidden_states, picture[2], attn.to_out[0](seen.contiguous()))
+        hidden_states = _feed(self.ff, self.norm2, hidden_states, picture)
+        x = ops.gated_add(encoder_hidden_states, text[2], attn.to_add_out(read.contiguous()))
+        x = _feed(self.ff_context, self.norm2_context, x, text)
+        if x.dtype == torch.float16:
+            x = x.clip(-65504, 65504)
+        return x, hidden_states
+
+
+def _joined(text: Tensor, picture: Tensor) -> Tensor:
+    """torch.cat along the tokens; without a copy where both are views of one tensor, as the block before left them."""
+    if not torch.compiler.is_compiling() and text.untyped_storage()._cdata == picture.untyped_storage()._cdata:
+        batch, words, width = text.shape
+        shape = (batch, words + picture.shape[1], width)
+        strides = (shape[1] * width, width, 1)
+        beside = picture.storage_offset() == text.storage_offset() + words * width
+        if beside and text.stride() == strides and picture.stride() == strides:
+            return text.as_strided(shape, strides)
+    return torch.cat([text, picture], dim=1)
+
+
+def _plain(attn: Any) -> bool:
+    # Without fused projections nothing is gained.
+    return type(attn.processor) is FluxAttnProcessor and attn.fused_projections
+
+
+def _feed(ff: Any, norm: nn.LayerNorm, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+    """A stream (B, M, D) with its feed-forward network added; modulation is shift, scale, gate (B, D) twice."""
+    activation, _, out = ff.net
+    (y,) = _normed(x, modulation[4], modulation[3], norm, activation.proj)
+    return ops.gated_add(x, modulation[5], out(activation.gelu(y)))
+
+
+def _normed(x: Tensor, scale: Tensor, shift: Tensor, norm: nn.LayerNorm, *layers: nn.Module) -> list[Tensor]:
+    """Each layer's output for norm(x) * (1 + scale) + shift; x (B, M, D), scale and shift (B, D)."""
+    if all(isinstance(layer, SVDQuantLinear) and layer.backend == "sm90a" for layer in layers):
+        quantized: Any = layers
+        acts = ops.norm_quantize(x, scale, shift, norm.eps, [layer.packed for layer in quantized], quantized[0].mode)
+        outs = [layer.multiply(act, x.dtype) for layer, act in zip(quantized, acts, strict=True)]
+        return [out.view(*x.shape[:-1], -1) for out in outs]
+    normed = norm(x) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return [layer(normed) for layer in layers]
+
+
+def _attend(attn: Any, qkv: Tensor, text: Tensor | None, rotary: Rotary) -> Tensor:
+    """Attention of a joint sequence: qkv (B, M, 3 D) and text (B, L, 3 D) before it, if any -> (B, L + M, D)."""
+    norms = [attn.norm_q, attn.norm_k] + ([attn.norm_added_q, attn.norm_added_k] if text is not None else [])
+    query, key, value = ops.rotate_heads(qkv, text, [norm.weight for norm in norms], *rotary, norms[0].eps)
+    out: Any = dispatch_attention_fn(query, key, value, backend=attn.processor._attention_backend)
+    return out.flatten(2, 3).to(query.dtype)
+
+
+_FUSED = {FluxSingleTransformerBlock: FusedSingleBlock, FluxTransformerBlock: FusedDoubleBlock}
+
+
+def fuse_blocks(model: Any) -> None:
+    """Let the blocks of a prepared FLUX transformer run with fewer copies and passes, in place."""
+    _become(model, _FUSED)
+    # `compile_repeated_blocks` goes by these names.
+    model._repeated_blocks = [*type(model)._repeated_blocks, *(new.__name__ for new in _FUSED.values())]
+
+
+def unfuse_blocks(model: Any) -> None:
+    """Undo `fuse_blocks`: diffusers' own forward again."""
+    _become(model, {new: old for old, new in _FUSED.items()})
+
+
+def _become(model: Any, classes: dict[type, type]) -> None:
+    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+        block.__class__ = classes.get(type(block), type(block))

@@ -1,0 +1,83 @@
+"""Recorded forwards give the bits of plain ones, and the zoo's pictures on the device are those of the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.generate import Engine
+from engine.graphs import record
+from engine.metrics import psnr
+from engine.models.catalogue import zoo_folder
+from engine.request import Request
+from tests.models.conftest import flux_inputs, small_flux
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def inputs(tokens: int, seed: int) -> dict:
+    made = flux_inputs(tokens=tokens, seed=seed)
+    return {name: value.cuda() for name, value in made.items()} | {"return_dict": False}
+
+
+def on_device() -> Any:
+    torch.nn.Module.cuda(model := small_flux())
+    return model
+
+
+@torch.inference_mode()
+def test_replays_are_the_same_bits():
+    model = on_device()
+    plain = {(tokens, seed): model(**inputs(tokens, seed))[0] for tokens in (16, 32, 64) for seed in (1, 2)}
+    recorder = record(model)
+    assert record(model) is recorder
+    for tokens in (16, 32, 64):
+        for seed in (1, 2, 1):
+            assert torch.equal(model(**inputs(tokens, seed))[0], plain[tokens, seed])
+        assert recorder.recordings == min(tokens // 16, recorder.KEPT)
+    assert not recorder.refused
+
+
+@torch.inference_mode()
+def test_a_change_of_weights_is_seen_after_forgetting():
+    model = on_device()
+    recorder = record(model)
+    before = [model(**inputs(16, 1))[0] for _ in range(3)][-1]
+    model.proj_out = torch.nn.Linear(128, 16, dtype=torch.bfloat16, device="cuda")
+    recorder.forget()
+    assert not torch.equal(model(**inputs(16, 1))[0], before)
+
+
+@torch.inference_mode()
+def test_what_cannot_be_recorded_runs_plainly():
+    model = on_device()
+    recorder = record(model)
+
+    def read_back(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        assert kwargs["temb"].sum().item() == kwargs["temb"].sum().item()  # a graph cannot hold this
+
+    blocks: Any = model.single_transformer_blocks
+    blocks[0].register_forward_pre_hook(read_back, with_kwargs=True)
+    outs = [model(**inputs(16, 1))[0] for _ in range(3)]
+    assert recorder.refused
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+MISSED = pytest.mark.xfail(reason="the goal of 40 dB was not reached on an H200, 2026-11-25")
+
+
+@pytest.mark.parametrize("activation", ["w4a8", pytest.param("w4a4", marks=MISSED)])
+def test_pictures_are_those_of_the_cpu(activation: str):
+    if not (zoo_folder() / "flux-tiny" / "vae").is_dir():
+        pytest.skip("the zoo's weights are not here")
+    request = Request(prompt="a large red metal sphere left of a small blue cube", seed=7)
+    engines = {where: Engine.load("tiny", "int4", device=where, activation=activation) for where in ("cuda", "cpu")}
+    images = {where: engine.run(request).image for where, engine in engines.items()}
+    again = engines["cuda"].run(request).image
+    assert np.array_equal(np.asarray(images["cuda"]), np.asarray(again))
+    found = psnr(images["cuda"], images["cpu"])
+    print(f"{activation}: {found:.1f} dB")
+    assert found >= (40 if activation == "w4a4" else 30)
