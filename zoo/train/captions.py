@@ -1,7 +1,8 @@
 """Scenes and their tokenized captions, made ahead of time by worker processes so that the GPU never waits for text.
 
 A worker draws scenes, several captions for each, and writes one safetensors file a chunk:
-`scene.<field>` tensors, `clip` (S, C, 77) and `t5` (S, C, L) int16, `labels` (S, 128) uint8; S scenes, C captions each.
+`scene.<field>` tensors, `clip` (S, C, 77) and `t5` (S, C, L) int16, `labels` (S, 128) uint8, `relations` (S, C, 2, 3)
+uint8; S scenes, C captions each.
 Run as `python -m zoo.train.captions`; `start_workers` does that.
 """
 
@@ -29,6 +30,8 @@ nice ocean owl people piano queen rabbit river sister sleep song spring station 
 together train turtle umbrella valley village water weather week winter wolf woman year young zebra
 """.split()  # noqa: SIM905
 LABELS = 128  # (shape, colour, size) and (shape, colour, material), 64 each
+STATED = 2  # relations that a caption can state
+PER_SCENE = ("clip", "t5", "labels", "relations")  # what a chunk holds beside its scenes
 
 
 def augment(text: str, rng: random.Random) -> str:
@@ -66,27 +69,43 @@ def labels(drawn: scenes.Scenes) -> torch.Tensor:
     return out
 
 
+def relations(drawn: scenes.Scenes, said: list[scenes.Caption]) -> torch.Tensor:
+    """What a caption of each scene states: (S, 2, 3) uint8, each row a look, a relation and another look.
+
+    A look is shape * 8 + colour, a relation 1 + its place in scenes.RELATIONS; rows of zeros fill up.
+    """
+    look = (drawn.shape * len(scenes.COLORS) + drawn.color).tolist()
+    out = torch.zeros(len(said), STATED, 3, dtype=torch.uint8)
+    for scene, caption in enumerate(said):
+        for row, (i, name, j) in enumerate(caption.relations):
+            one, other = (look[scene][caption.objects[k].slot] for k in (i, j))
+            out[scene, row] = torch.tensor((one, 1 + scenes.RELATIONS.index(name), other))
+    return out
+
+
 def make_chunk(job: argparse.Namespace, index: int) -> dict[str, torch.Tensor]:
     """Tensors of chunk `index` of a job (see the module's text)."""
     drawn = scenes.sample(job.chunk, job.seed, job.split, start=job.start + index * job.chunk)
     clip, t5 = vocab.encoders(job.tokenizers, job.length)
     rng = random.Random(f"{job.seed} {job.split} {job.start + index * job.chunk}")
-    clip_ids, t5_ids = [], []
+    clip_ids, t5_ids, stated = [], [], []
     for _ in range(job.captions):
-        said = scenes.captions(drawn, rng.getrandbits(32))
-        said = [augment(text, rng) for text in said] if job.split == "train" else said
+        described = scenes.describe(drawn, rng.getrandbits(32))
+        said = [augment(c.text, rng) if job.split == "train" else c.text for c in described]
+        stated.append(relations(drawn, described))
         clip_ids.append(torch.from_numpy(clip(said)))
         t5_ids.append(torch.from_numpy(t5(said)))
     fields = {f.name: getattr(drawn, f.name) for f in dataclasses.fields(drawn)}
     out = {f"scene.{name}": value.contiguous() for name, value in fields.items() if isinstance(value, torch.Tensor)}
-    return out | {"clip": torch.stack(clip_ids, 1), "t5": torch.stack(t5_ids, 1), "labels": labels(drawn)}
+    ids = {"clip": torch.stack(clip_ids, 1), "t5": torch.stack(t5_ids, 1)}
+    return out | ids | {"labels": labels(drawn), "relations": torch.stack(stated, 1)}
 
 
 def read_chunk(path: Path, seed: int, split: str) -> tuple[scenes.Scenes, dict[str, torch.Tensor]]:
-    """The scenes of a chunk file, and its `clip`, `t5` and `labels`."""
+    """The scenes of a chunk file, and its `clip`, `t5`, `labels` and `relations`."""
     tensors = load_file(path)
     fields = {name.removeprefix("scene."): v for name, v in tensors.items() if name.startswith("scene.")}
-    return scenes.Scenes(seed=seed, split=split, **fields), {n: tensors[n] for n in ("clip", "t5", "labels")}
+    return scenes.Scenes(seed=seed, split=split, **fields), {n: tensors[n] for n in PER_SCENE}
 
 
 class Workers:

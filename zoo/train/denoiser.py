@@ -23,7 +23,7 @@ from zoo.train.graph import autocast, compiled
 from zoo.train.log import Log, Meter
 from zoo.train.models import Parts
 from zoo.train.optim import Clock, Ema, FlatModel
-from zoo.train.places import Places, order_told
+from zoo.train.places import KNOWN, Places, order_told, stated_told, weighed
 from zoo.train.pool import TOKEN_CLASSES, Pool
 from zoo.train.replay import Tensors
 
@@ -133,13 +133,13 @@ class Batches:
     def __call__(self) -> dict[str, torch.Tensor]:
         g, device = self.generator, self.generator.device
         rows = self.rows[torch.randint(len(self.rows), (self.size,), generator=g, device=device)]
-        clip_ids, t5_ids = self.pool.captions(rows, g)
+        clip_ids, t5_ids, relations = self.pool.said(rows, g)
         dropped = torch.rand(self.size, 1, generator=g, device=device) < self.drop
         drawn = {"x0": self.pool.latents(rows, g)} if self.pictures else {}
         if drawn:
             drawn["noise"] = torch.randn(drawn["x0"].shape, generator=g, device=device)
         return {
-            **drawn, "labels": self.pool.labels[rows], "tokens": self.pool.tokens[rows],
+            **drawn, "labels": self.pool.labels[rows], "tokens": self.pool.tokens[rows], "relations": relations,
             "clip": torch.where(dropped, self.empty[0], clip_ids), "t5": torch.where(dropped, self.empty[1], t5_ids),
         }  # fmt: skip
 
@@ -170,7 +170,7 @@ def train(joint: Joint, pool: Pool, valid: Pool, empty: tuple, config: dict, wor
         sigmas = flow.sample_sigmas(n, config["mu"], draw.generator, noisy=config["noisy"])
         x, target = flow.interpolate(b["x0"], b["noise"], sigmas)
         left = torch.full((), 1.0 - clock.progress, device=world.device)
-        known = {name: b[name] for name in ("clip", "t5", "labels", "tokens")}
+        known = {name: b[name] for name in ("clip", "t5", *KNOWN)}
         return {"x": x, "target": target, "sigmas": sigmas, "left": left, **known}
 
     def work(b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -184,9 +184,9 @@ def train(joint: Joint, pool: Pool, valid: Pool, empty: tuple, config: dict, wor
                 shown = joint.shown.loss(heard["states"], b["tokens"])
                 aids, terms["shown"] = aids + config["tokens_weight"] * shown, shown.detach()
             if config["places_weight"]:
-                named, apart = joint.places.loss(states, b["t5"], b["labels"], b["tokens"])
-                aids = aids + config["places_weight"] * (0.25 * named + apart)
-                terms |= {"named": named.detach(), "apart": apart.detach()}
+                told_by = joint.places.loss(states, b["t5"], *(b[name] for name in KNOWN))
+                aids = aids + 0.25 * config["places_weight"] * weighed(told_by)
+                terms |= {name: term.detach() for name, term in told_by.items()}
         (loss + b["left"] * aids).backward()
         return terms
 
@@ -273,10 +273,12 @@ def told(joint: Joint, valid: Pool, world: World) -> dict[str, float]:
     if not hasattr(joint, "places"):
         return {}
     rows = torch.arange(len(valid), device=world.device)
-    clip_ids, t5_ids = valid.captions(rows, torch.Generator(world.device).manual_seed(2))
+    clip_ids, t5_ids, relations = valid.said(rows, torch.Generator(world.device).manual_seed(2))
     with torch.compiler.set_stance("force_eager"), autocast(world):
         states, _ = joint.text(clip_ids, t5_ids)
-        return {"order": round(order_told(joint.places, states, t5_ids, valid.tokens), 4)}
+        shares = {"order": order_told(joint.places, states, t5_ids, valid.tokens)}
+        shares |= stated_told(joint.places, states, t5_ids, relations)
+    return {name: round(share, 4) for name, share in shares.items()}
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5Config, T5EncoderModel
 
 from zoo.train import vocab
+from zoo.train.positions import give_order
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 _CLASSES = {
@@ -65,7 +66,9 @@ def build(config: dict, tokenizers: Path) -> Parts:
     )  # fmt: skip
     transformer = FluxTransformer2DModel(**config["transformer"])
     initialize(transformer)
-    return Parts(transformer, vae, CLIPTextModel(clip), T5EncoderModel(t5))
+    reader = T5EncoderModel(t5)
+    give_order(reader)
+    return Parts(transformer, vae, CLIPTextModel(clip), reader)
 
 
 def initialize(transformer: FluxTransformer2DModel) -> None:

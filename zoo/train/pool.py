@@ -8,7 +8,7 @@ import time
 import torch
 
 from zoo import scenes
-from zoo.train.captions import LABELS, Workers
+from zoo.train.captions import LABELS, PER_SCENE, STATED, Workers
 from zoo.train.dist import World
 from zoo.train.log import Log
 from zoo.train.vocab import CLIP_LENGTH
@@ -23,6 +23,7 @@ class Pool:
     clip: torch.Tensor  # (P, C, 77) int16, C captions a picture
     t5: torch.Tensor  # (P, C, L) int16
     labels: torch.Tensor  # (P, 128) uint8
+    relations: torch.Tensor  # (P, C, 2, 3) uint8, what each caption states, see captions.relations
     tokens: torch.Tensor  # (P, N) uint8, what each latent token shows (see token_labels)
     mean: torch.Tensor | None = None  # (P, N, D) bfloat16 posterior mean, packed, scaled as the pipeline scales
     std: torch.Tensor | None = None  # (P, N, D) bfloat16
@@ -32,8 +33,12 @@ class Pool:
 
     def captions(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """A caption of each row, drawn anew: CLIP ids (B, 77), T5 ids (B, L), int64."""
+        return self.said(rows, generator)[:2]
+
+    def said(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `captions`, and what each caption states: (B, 2, 3) int64."""
         column = torch.randint(self.clip.shape[1], rows.shape, generator=generator, device=rows.device)
-        return self.clip[rows, column].long(), self.t5[rows, column].long()
+        return tuple(each[rows, column].long() for each in (self.clip, self.t5, self.relations))
 
     def latents(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """A draw from each row's posterior: (B, N, D) float32."""
@@ -88,7 +93,8 @@ def build(config: dict, world: World, log: Log, deadline: float, workers: Worker
     pool = Pool(
         images=make(total, 3, size, size, kind=torch.uint8), depth=make(kept_depth, size, size, kind=torch.uint8),
         clip=make(total, captions, CLIP_LENGTH, kind=torch.int16), t5=make(total, captions, length, kind=torch.int16),
-        labels=make(total, LABELS, kind=torch.uint8), tokens=make(total, (size // PATCH) ** 2, kind=torch.uint8),
+        labels=make(total, LABELS, kind=torch.uint8), relations=make(total, captions, STATED, 3, kind=torch.uint8),
+        tokens=make(total, (size // PATCH) ** 2, kind=torch.uint8),
     )  # fmt: skip
     try:
         filled = _fill(pool, workers, config, world, log, deadline)
@@ -125,7 +131,7 @@ def _fill(pool: Pool, workers: Workers, config: dict, world: World, log: Log, de
 
 def _draw(pool: Pool, part: scenes.Scenes, tensors: dict, filled: int, config: dict, world: World) -> None:
     rows = slice(filled, filled + len(part))
-    for name in ("clip", "t5", "labels"):
+    for name in PER_SCENE:
         getattr(pool, name)[rows] = tensors[name].to(world.device, non_blocking=True)
     at, look = filled, part.shape * len(scenes.COLORS) + part.color
     drawn_parts = scenes.stream(part, size=config["size"], device=world.device, oversample=config["oversample"],

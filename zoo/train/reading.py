@@ -16,14 +16,17 @@ from zoo.train.dist import World
 from zoo.train.graph import autocast
 from zoo.train.log import Log
 from zoo.train.optim import Clock, Ema, FlatModel
-from zoo.train.places import Places
+from zoo.train.places import KNOWN, Places, weighed
 from zoo.train.pool import Pool
+from zoo.train.positions import give_order
 
 
 def train(joint: Joint, pool: Pool, valid: Pool, empty: tuple, config: dict, world: World, log: Log, deadline: float,
           seed: int, save: Callable[[], None], max_steps: int | None = None) -> None:  # fmt: skip
     """Train the text encoders in place until `deadline`, with heads that stay in `joint.places` for the next stage."""
     joint.train()
+    if give_order(joint.text.t5):
+        log("read", t5="started anew: it told nothing of the order of words")
     joint.places = Places(joint.text.t5.config.d_model).to(world.device)
     learns = nn.ModuleList([joint.text, joint.places])
     model = FlatModel(learns, world, lr=config["lr"], betas=tuple(config["betas"]), weight_decay=config["weight_decay"])
@@ -33,16 +36,16 @@ def train(joint: Joint, pool: Pool, valid: Pool, empty: tuple, config: dict, wor
     meter = meter_for(log, "read", joint, pool, config["batch"], world, passes=0.0)
 
     def inputs() -> dict[str, torch.Tensor]:
-        return {name: value for name, value in draw().items() if name in ("clip", "t5", "labels", "tokens")}
+        return {name: value for name, value in draw().items() if name in ("clip", "t5", *KNOWN)}
 
     def work(b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with autocast(world):
             states, pooled = joint.text(b["clip"], b["t5"])
             text = joint.text.label_loss(states, pooled, b["t5"], b["labels"])
-            named, apart = joint.places.loss(states, b["t5"], b["labels"], b["tokens"])
-            loss = text + named + 4 * apart
+            terms = joint.places.loss(states, b["t5"], *(b[name] for name in KNOWN))
+            loss = text + weighed(terms)
         loss.backward()
-        return {"loss": loss.detach(), "text": text.detach(), "named": named.detach(), "apart": apart.detach()}
+        return {name: term.detach() for name, term in {"loss": loss, "text": text, **terms}.items()}
 
     loop(Stage("read", model, ema, clock, meter, config, world, save), inputs, work, layers(joint.text), lambda: None)
     if world.chief:
