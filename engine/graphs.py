@@ -84,7 +84,10 @@ class Recorder:
         first = next(self._model.parameters(), None)
         if first is None or not first.is_cuda or hasattr(self._model, "_hf_hook"):
             return None
-        key: list[Any] = [first.data_ptr(), *(type(part.processor) for part in self._attention)]
+        # Processors come and go (perturbed attention), and some have settings.
+        key: list[Any] = [first.data_ptr()]
+        for part in self._attention:
+            key += (type(part.processor), str(vars(part.processor)))
         for name, value in (*enumerate(args), *kwargs.items()):
             if isinstance(value, Tensor):
                 if value.device != first.device:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine import ops
+from engine.linear import SVDQuantLinear
 from engine.ops import backends, cuda, reference
 from tests.ops.cases import CASES, DTYPES, Case, allowed_error, random_linear, tokens
 from tests.ops.test_wgmma64 import without_minus_eight
@@ -124,3 +125,17 @@ def test_heads_are_rotated_as_in_torch(length: int, words: int, heads: int):
     exact = ops.rotate_heads(exactly[0], exactly[1], exactly[2:-2], *exactly[-2:], 1e-6)
     for one, wanted in zip(got, exact, strict=True):
         torch.testing.assert_close(one.double().cpu(), wanted.double(), rtol=2**-7, atol=2**-5)
+
+
+def test_a_lora_beside_the_norm():
+    """Extended branches, as LoRAs leave them, give the same behind a fused norm and behind a plain one."""
+    base = without_minus_eight(random_linear(Case(1, 256, 1536, 32)))
+    layer = SVDQuantLinear(on_device(base), backend="sm90a", activation="w4a8", dtype=torch.bfloat16)
+    draw = torch.Generator("cuda").manual_seed(4)
+    made = lambda *shape: torch.randn(*shape, generator=draw, device="cuda").bfloat16()  # noqa: E731
+    layer.extend_branch(made(16, 1536) * 0.02, made(256, 16) * 0.1, torch.full((48,), 0.7, device="cuda"))
+    x, scale, shift = made(1, 1200, 1536), made(1, 1536), made(1, 1536)
+    (act,) = ops.norm_quantize(x, scale, shift, 1e-6, [layer.packed], layer.mode)
+    normed = torch.nn.functional.layer_norm(x.float(), (1536,), eps=1e-6) * (1 + scale.float()) + shift.float()
+    got, wanted = layer.multiply(act, torch.bfloat16).float(), layer(normed.bfloat16())[0].float()
+    assert (got - wanted).norm() <= 0.01 * wanted.norm()
