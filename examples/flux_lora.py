@@ -20,12 +20,13 @@ def main() -> None:
     parser.add_argument("--prompt", default="a large red metal sphere left of a small blue cube")
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 0.5])
     parser.add_argument("--steps", type=int, help="default: the model's own")
+    parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("lora"), help="folder for the pictures")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
     engine = Engine.load(options.model, "int4")
-    request = Request(options.prompt, seed=7, steps=options.steps)
+    request = Request(options.prompt, seed=options.seed, steps=options.steps)
     load_lora(engine, options.lora, name="style")
     for strength in options.strengths:
         set_lora_strength(engine, "style", strength)

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--text", type=int, default=512, help="length of the text in tokens")
+    parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("flux.1-dev-int4-offload.png"))
     options = parser.parse_args()
@@ -50,7 +51,8 @@ def main() -> None:
     ).to(options.device)
     image = pipe(
         prompt_embeds=embeds, pooled_prompt_embeds=pooled, height=options.size, width=options.size,
-        num_inference_steps=options.steps, guidance_scale=3.5, generator=torch.Generator("cpu").manual_seed(7),
+        num_inference_steps=options.steps, guidance_scale=3.5,
+        generator=torch.Generator("cpu").manual_seed(options.seed),
     ).images[0]  # fmt: skip
     image.save(options.out)
     print(options.out)

@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="a name of the catalogue (engine.models.catalogue) or a folder")
     parser.add_argument("--prompt", default="a large red metal sphere left of a small blue cube")
     parser.add_argument("--steps", type=int, help="default: the model's own")
+    parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("several-loras.png"))
     options = parser.parse_args()
     files, strengths = options.loras[::2], options.loras[1::2]
@@ -29,7 +30,7 @@ def main() -> None:
     load_loras(engine, [(file, float(strength), None) for file, strength in zip(files, strengths, strict=True)])
     for lora in list_loras(engine):
         print(f"{lora.name}: {lora.strength}")
-    engine.run(Request(options.prompt, seed=7, steps=options.steps)).save(options.out)
+    engine.run(Request(options.prompt, seed=options.seed, steps=options.steps)).save(options.out)
     print(options.out)
 
 

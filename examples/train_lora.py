@@ -4,12 +4,14 @@ python examples/train_lora.py zoo/weights/flux-tiny my-pictures --out my-lora --
 
 `my-pictures` holds pictures (.png, .jpg) with a caption each in a .txt of the same name. `my-lora` can be put on the
 4-bit model as it is; `my-flux` is a diffusers folder that python -m engine.quantize takes. Flow matching as FLUX is
-trained: the model sees (1 - s) picture + s noise and learns to answer noise - picture.
+trained: the model sees (1 - s) picture + s noise and learns to answer noise - picture. Colours and layout are settled
+in the first steps of painting, so a part of the noise levels s is drawn from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -56,8 +58,23 @@ def encode(pipe: Any, pictures: list[Image.Image], captions: list[str], length: 
     }
 
 
-def train(transformer: Any, data: dict[str, Tensor], options: argparse.Namespace) -> list[float]:
-    """Fit the adapter of `transformer`; returns the loss of each step."""
+def time_shift(config: Any, tokens: int) -> float:
+    """How far the sampler moves its steps towards noise for pictures of `tokens` tokens; 0 where it does not."""
+    if not config.use_dynamic_shifting:
+        return math.log(config.shift)
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return config.base_shift + slope * (tokens - config.base_image_seq_len)
+
+
+def levels(count: int, shift: float, early: float, draw: torch.Generator) -> Tensor:
+    """Noise levels (B,) in (0, 1): a logistic normal, shifted as the sampler's steps are; `early` of them 0.8 to 1."""
+    usual = torch.sigmoid(torch.randn(count, generator=draw) + shift)
+    first = 0.8 + 0.2 * torch.rand(count, generator=draw)
+    return torch.where(torch.rand(count, generator=draw) < early, first, usual)
+
+
+def train(transformer: Any, data: dict[str, Tensor], shift: float, options: argparse.Namespace) -> list[float]:
+    """Fit the adapter of `transformer`, whose sampler shifts its steps by `shift`; returns the loss of each step."""
     learning = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=options.rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, total_steps=options.steps, pct_start=0.1)
@@ -66,8 +83,7 @@ def train(transformer: Any, data: dict[str, Tensor], options: argparse.Namespace
         rows = torch.randint(len(data["latents"]), (options.batch,), generator=draw)
         clean = data["latents"][rows]
         noise = torch.randn(clean.shape, generator=draw)
-        # Middle noise levels teach most: a logistic normal, as FLUX was trained.
-        level = torch.sigmoid(torch.randn(options.batch, generator=draw))
+        level = levels(options.batch, shift, options.early, draw)
         noisy = torch.lerp(clean, noise, level[:, None, None])
         found = transformer(
             hidden_states=noisy,
@@ -126,10 +142,13 @@ def main(argv: list[str] | None = None) -> list[float]:
     add("--rank", type=int, default=16)
     add("--steps", type=int, default=150)
     add("--batch", type=int, default=4)
-    add("--rate", type=float, default=1e-3, help="learning rate at its highest")
+    add("--rate", type=float, default=2e-3, help="learning rate at its highest")
+    add("--early", type=float, default=0.5, help="part of the noise levels that are of the first steps, 0 to 1")
     add("--guidance", type=float, default=1.0, help="guidance that the model is told while it learns")
     add("--seed", type=int, default=0)
     options = parser.parse_args(argv)
+    if not 0 <= options.early <= 1:
+        parser.error(f"--early: expected a part from 0 to 1, got {options.early:g}")
     if options.merged and options.merged.exists():
         parser.error(f"--merged: expected a folder that is not there yet, got {options.merged}")
     import diffusers
@@ -141,7 +160,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     data = encode(pipe, pictures, captions, options.length)
     pipe.transformer.float().requires_grad_(False)
     pipe.transformer.add_adapter(LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS))
-    losses = train(pipe.transformer.train(), data, options)
+    shift = time_shift(pipe.scheduler.config, data["latents"].shape[1])
+    losses = train(pipe.transformer.train(), data, shift, options)
     save(pipe, options)
     return losses
 

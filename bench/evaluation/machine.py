@@ -14,7 +14,9 @@ import torch
 
 __all__ = ["machine", "write_json", "write_text"]
 
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "torchao", "torchmetrics", "clean-fid")
+_PACKAGES = (
+    "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "torchao", "torchmetrics", "clean-fid",
+)  # fmt: skip
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -245,7 +245,7 @@ class SvdqPiece:
     def _stack(self, tensors: Tensors, part: str, rest: tuple[int, ...], fill: float) -> Tensor:
         """Put the parts' rows where they are stored; rows between them hold `fill`."""
         found = [take(tensors, f"{p.name}.{part}", (p.n, *rest)) for p in self.parts]
-        if len(found) == 1 and self.parts[0].n == self.n:
+        if isinstance(self.parts[0].rows, slice) and self.parts[0].n == self.n:
             return found[0]
         whole = pad(found[0][:0], (self.n, *rest), fill)
         raw = whole.view(torch.uint8) if whole.element_size() == 1 else whole

@@ -119,6 +119,26 @@ def test_sana_with_odd_padding(tmp_path: Path, precision: str, rank: int, dtype:
     round_trips(path, tmp_path, False)
 
 
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_sana_whose_gated_channels_need_no_padding(tmp_path: Path, precision: str):
+    """Their rows are interleaved all the same, also where no record of the stored tensors says how they lay."""
+    config = sana_config() | {"mlp_ratio": 3.0}
+    path = make(tmp_path / "a.safetensors", SANA_CLASS, config, precision, 16, torch.bfloat16)
+    own = without_records(path, tmp_path)
+    convert(own, tmp_path / "published.safetensors", "nunchaku")
+    convert(tmp_path / "published.safetensors", tmp_path / "back.safetensors", "canonical")
+    assert_same(load_file(tmp_path / "back.safetensors"), load_file(own))
+
+
+def without_records(path: Path, folder: Path) -> Path:
+    """The canonical form of `path` as a quantizer would write it."""
+    convert(path, folder / "canonical.safetensors", "canonical")
+    with safe_open(folder / "canonical.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("published.")}  # noqa: SIM118
+        save_file(tensors, folder / "own.safetensors", metadata=file.metadata())
+    return folder / "own.safetensors"
+
+
 def test_nvfp4_scales_of_32_bits_survive_the_published_form(tmp_path: Path):
     """q, k and v of a canonical file may have scales of their own, for which nunchaku's layout has 16-bit rows."""
     path = make(tmp_path / "a.safetensors", FLUX, FLUX_CONFIG, "nvfp4", 16, torch.bfloat16, lambda n: "wcscales" in n)

@@ -1,4 +1,4 @@
-"""The examples that need a file beside the model: LoRAs, and a 4-bit T5."""
+"""The examples that need a file beside the model: LoRAs, a 4-bit T5, published checkpoints."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageChops
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
+from engine.commands import convert
 from tests.t5 import four_bit_t5
 
 ROOT = Path(__file__).parents[2]
-TINY = ROOT / "zoo" / "weights" / "flux-tiny"
+ZOO = ROOT / "zoo" / "weights"
+TINY = ZOO / "flux-tiny"
 
 
 @pytest.fixture
@@ -42,6 +44,12 @@ def differ(one: Path, other: Path) -> bool:
         return ImageChops.difference(a.convert("RGB"), b.convert("RGB")).getbbox() is not None
 
 
+def painted(path: Path) -> bool:
+    with Image.open(path) as picture:
+        low, high = picture.convert("L").getextrema()
+    return high - low > 20
+
+
 def test_one_lora_at_two_strengths(example, tmp_path: Path):
     file = lora(tmp_path / "style.safetensors", "single_transformer_blocks.0.attn.to_q", 0)
     example("flux_lora", file, "--out", tmp_path / "out", "--steps", 2, "--strengths", 1, 0)
@@ -64,9 +72,76 @@ def test_two_loras(example, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def test_a_four_bit_t5_in_a_plain_pipeline(name: str, example, tmp_path: Path):
     own = T5EncoderModel.from_pretrained(TINY / "text_encoder_2", dtype=torch.bfloat16)
     encoder, out = four_bit_t5(own, tmp_path / "t5.safetensors"), tmp_path / "picture.png"
-    checkpoint = ROOT / "zoo" / "weights" / "flux-tiny-int4"
+    checkpoint = ZOO / "flux-tiny-int4"
     example(name, "--pipeline", TINY, "--transformer", checkpoint, "--encoder", encoder, "--device", "cpu",
             "--size", 256, "--steps", 2, "--text", 64, "--prompt", "a red cube", "--out", out)  # fmt: skip
-    with Image.open(out) as picture:
-        low, high = picture.convert("L").getextrema()
-    assert high - low > 20
+    assert painted(out)
+
+
+def published(checkpoint: str, folder: Path) -> Path:
+    """A checkpoint that ships, as the published single file."""
+    file = folder / f"svdq-{checkpoint}.safetensors"
+    assert convert.main([str(ZOO / checkpoint), str(file), "--to", "nunchaku"]) == 0
+    return file
+
+
+def test_a_published_flux_file_in_a_plain_pipeline(example, tmp_path: Path):
+    """Another seed gives another picture."""
+    file = published("flux-tiny-int4", tmp_path)
+    one, other = tmp_path / "one.png", tmp_path / "other.png"
+    for seed, out in ((7, one), (8, other)):
+        example("flux_published", "--transformer", file, "--pipeline", TINY, "--device", "cpu", "--size", 256,
+                "--steps", 2, "--text", 64, "--guidance", 4.5, "--prompt", "a red cube", "--seed", seed,
+                "--out", out)  # fmt: skip
+    assert painted(one)
+    assert differ(one, other)
+
+
+def test_a_published_sana_file_in_a_plain_pipeline(example, tmp_path: Path):
+    file, out = published("sana-tiny-int4", tmp_path), tmp_path / "picture.png"
+    example("sana_published", "--transformer", file, "--pipeline", ZOO / "sana-tiny", "--device", "cpu", "--size", 256,
+            "--steps", 2, "--text", 64, "--prompt", "a red cube", "--out", out)  # fmt: skip
+    assert painted(out)
+
+
+def unpacked(example, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str]:
+    """Exit status and what was printed."""
+    with pytest.raises(SystemExit) as ended:
+        example("unpack_layers", *arguments)
+    told = capsys.readouterr()
+    return ended.value.code, told.out + told.err
+
+
+def test_unpacked_layers_are_compared_with_their_plain_form(example, tmp_path: Path, capsys):
+    file = ROOT / "tests" / "data" / "pack_int4.safetensors"
+    status, told = unpacked(example, capsys, file)
+    assert status == 0
+    assert "equals plain" in told
+    assert "DIFFERS" not in told
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("plain.bias"))
+    save_file({**tensors, name: tensors[name] + 1}, tmp_path / "changed.safetensors")
+    status, told = unpacked(example, capsys, tmp_path / "changed.safetensors")
+    assert status == 1
+    assert told.count("DIFFERS") == 1
+
+
+def test_layers_to_unpack_are_chosen_by_name(example, capsys):
+    file = ROOT / "tests" / "data" / "flux_tiny_int4.safetensors"
+    status, told = unpacked(example, capsys, file, "--only", "single_transformer_blocks.0.")
+    assert status == 0
+    assert {line.split(".")[0] for line in told.splitlines()} == {"single_transformer_blocks"}
+    status, told = unpacked(example, capsys, file, "--only", "nowhere")
+    assert status == 2
+    assert "holds no 4-bit layer whose name begins with 'nowhere'" in told
+    status, told = unpacked(example, capsys, "nowhere.safetensors")
+    assert status == 2
+    assert "expected a .safetensors file, got nowhere.safetensors" in told
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "examples").glob("*.py")))
+def test_help_shows_commands_to_copy(name: str, example, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        example(name, "--help")
+    assert ended.value.code == 0
+    assert f"python examples/{name}.py" in capsys.readouterr().out

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -46,3 +47,16 @@ def test_a_picture_without_caption_is_named(model: Path, pictures: Path, tmp_pat
     (pictures / "1.txt").unlink()
     with pytest.raises(SystemExit, match=r"^pictures: expected .* got none for 1\.png$"):
         train_lora.main([str(model), str(pictures), "--out", str(tmp_path / "lora")])
+
+
+def test_noise_levels_are_shifted_as_the_pipeline_shifts_its_steps():
+    """And as many as asked for are of the first steps."""
+    config = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config
+    shift = train_lora.time_shift(config, 1024)
+    assert shift == pytest.approx(calculate_shift(1024, 256, 4096, 0.5, 1.15))
+    usual = train_lora.levels(20_000, shift, 0.0, torch.Generator().manual_seed(0))
+    assert float(usual.median()) == pytest.approx(float(torch.sigmoid(torch.tensor(shift))), abs=0.01)
+    early = train_lora.levels(20_000, shift, 1.0, torch.Generator().manual_seed(0))
+    assert 0.8 <= float(early.min()) < float(early.max()) <= 1
+    half = train_lora.levels(20_000, shift, 0.5, torch.Generator().manual_seed(0))
+    assert float((half > 0.8).float().mean()) == pytest.approx((1 + float((usual > 0.8).float().mean())) / 2, abs=0.02)
