@@ -191,7 +191,7 @@ class Engine:
         """Latents, and the seconds that previews took."""
         start = time.perf_counter()
         stopped = False
-        watch = Watch(self.pipe, request) if on_step and hasattr(self.pipe, "_unpack_latents") else None
+        watch = Watch(self.pipe, request) if on_step else None
 
         def after_step(pipe: Any, index: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             nonlocal stopped

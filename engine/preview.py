@@ -1,7 +1,8 @@
 """Small pictures of what a run is painting, at next to no cost: no decoder, one matrix.
 
 After each step the two last latents tell where the path leads (the velocity between them is the model's own), and a
-linear map from latent channels to colours, fitted once to the autoencoder in use, shows it at an eighth of the size.
+linear map from latent channels to colours, fitted once to the autoencoder in use, shows it at the size of the latents:
+an eighth of FLUX's, a thirty-second of SANA's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["Watch", "palette"]
 
 
 class Watch:
-    """Follows one run of a FLUX pipeline. `paused` is how many seconds its pictures took, which are not the run's."""
+    """Follows one run of a pipeline. `paused` is how many seconds its pictures took, which are not the run's."""
 
     def __init__(self, pipe: Any, request: Request) -> None:
         self.pipe, self.request = pipe, request
@@ -31,12 +32,12 @@ class Watch:
         self._before: Tensor | None = None
 
     def saw(self, index: int, latents: Tensor | None) -> None:
-        """Step `index` (from 0) is done and left these packed latents (1, N, 64)."""
+        """Step `index` (from 0) is done and left these latents, packed as (1, N, 64) or (1, C, h, w)."""
         self._before = self._last[1] if self._last is not None else None
         self._last = None if latents is None else (index, latents)
 
     def picture(self) -> Image | None:
-        """Where the run leads, an eighth of its width and height; None before the second step."""
+        """Where the run leads, as small as the latents; None before the second step."""
         if self._last is None or self._before is None:
             return None
         if self._before.is_cuda:
@@ -54,8 +55,10 @@ class Watch:
         latents, before = latents.float(), before.float()
         clean = latents - now / (now - earlier) * (latents - before)
         config, request = self.pipe.vae.config, self.request
-        z = self.pipe._unpack_latents(clean, request.height, request.width, self.pipe.vae_scale_factor)
-        z = z / config.scaling_factor + config.shift_factor
+        # FLUX packs its latents into tokens; SANA leaves them as they are.
+        unpack = getattr(self.pipe, "_unpack_latents", None)
+        z = unpack(clean, request.height, request.width, self.pipe.vae_scale_factor) if unpack else clean
+        z = z / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
         weight, bias = palette(self.pipe.vae)
         colours = torch.einsum("chw,cr->hwr", z[0], weight) + bias
         return Image.fromarray(((colours / 2 + 0.5).clamp(0, 1) * 255).round().byte().cpu().numpy())
@@ -71,7 +74,8 @@ def palette(vae: Any) -> tuple[Tensor, Tensor]:
         draw = torch.Generator().manual_seed(0)
         seeds = torch.rand(24, 3, 3, 3, generator=draw) * 2 - 1
         pictures = F.interpolate(seeds, (64, 64), mode="bilinear", align_corners=False)
-        latents = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mean.float()
+        encoded = vae.encode(pictures.to(vae.device, vae.dtype))
+        latents = (encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent).float()
         colours = F.adaptive_avg_pool2d(pictures.to(vae.device), latents.shape[-2:])
         known = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
         known = torch.cat([known, known.new_ones(len(known), 1)], 1)

@@ -204,6 +204,6 @@ def _check_whole(name: str, value: object, limits: Range) -> int:
     multiple = "" if limits.step == 1 else f", a multiple of {limits.step:g}"
     if not whole or not limits.low <= value <= limits.high or value % limits.step:  # pyright: ignore
         raise RequestError(
-            name, f"{name}: expected a whole number from {limits.low:g} to {limits.high:g}{multiple}, got {value!r}"
+            name, f"{name}: expected a whole number from {limits.low:.0f} to {limits.high:.0f}{multiple}, got {value!r}"
         )
     return int(value)  # pyright: ignore[reportArgumentType]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.common.app import App
-from apps.common.models import Choice, beside, choose
+from apps.common.models import ACTIVATIONS, Choice, beside, choose, has_column, parted
 from engine import EngineError
 from engine.models import catalogue
 from engine.models.catalogue import ModelSpec
@@ -39,7 +39,6 @@ __all__ = [
 
 ASSETS = Path(__file__).with_name("assets")
 CHECKERS = ("words", "qwen3guard", "shieldgemma", "off")
-ACTIVATIONS = ("auto", "w4a8", "w4a4")
 T5_4BIT = "nunchaku-tech/nunchaku-t5/awq-int4-flux.1-t5xxl.safetensors"
 
 _EXAMPLES = """examples:
@@ -93,10 +92,11 @@ def add_groups(this: argparse.ArgumentParser) -> Any:
         "--precisions",
         nargs="+",
         metavar="P",
-        help="a column each, painted in this order: bf16, int4 (default: all the model has)",
+        help="a column each, painted in this order: bf16, int4 (default: all the model has); int4-w4a8 and int4-w4a4 "
+        "for columns with 8-bit and 4-bit numbers",
     )
     models.add_argument(
-        "--activation", default="auto", choices=ACTIVATIONS,
+        "--activation", default="auto", choices=("auto", *ACTIVATIONS),
         help="numbers that go into the 4-bit layers: 8 bits (w4a8) or 4 (w4a4); auto, the default, is what this device "
         "does fastest",
     )  # fmt: skip
@@ -193,7 +193,7 @@ def rooms_of(app: App, args: argparse.Namespace, shelf: Shelf) -> list[Room]:
     found = choose(args.model, app.models, _has_cuda)
     precisions = precisions_of(found.spec, args.precisions)
     _check_device(args.device)
-    others = [other for other in beside(found, app.models) if set(precisions) <= set(other.spec.precisions)]
+    others = [other for other in beside(found, app.models) if all(has_column(other.spec, name) for name in precisions)]
     choices = [_with_encoder(each, getattr(args, "qencoder", None)) for each in (found, *others)]
     return [Room(each, shelf.pool(each.spec, precisions)) for each in choices]
 
@@ -207,7 +207,7 @@ def precisions_of(spec: ModelSpec, asked: Sequence[str] | None) -> tuple[str, ..
     from engine import ArgumentError
 
     precisions = tuple(asked or spec.precisions)
-    unknown = [name for name in precisions if name not in spec.precisions]
+    unknown = [name for name in precisions if not has_column(spec, name)]
     if unknown:
         raise ArgumentError(f"precisions: {spec.title} has {', '.join(spec.precisions)}, got {', '.join(unknown)}")
     if len(set(precisions)) < len(precisions):
@@ -236,8 +236,9 @@ def loader_for(args: argparse.Namespace) -> Callable[..., Any]:
         from engine.generate import Engine
 
         _hush()
+        kind, activation = parted(precision)
         return Engine.load(
-            spec, precision, device=args.device, activation=args.activation, share=share, progress=progress
+            spec, kind, device=args.device, activation=activation or args.activation, share=share, progress=progress
         )
 
     return load

@@ -13,6 +13,7 @@ import gradio as gr
 from PIL import Image
 
 from apps.common import words
+from apps.common.models import parted
 from engine import Result, Step
 
 __all__ = ["HIDDEN", "REFERENCE", "Column", "build", "canvas", "figures", "status", "step_status"]
@@ -37,7 +38,7 @@ class Column:
 
 def build(precision: str) -> Column:
     """Lay out a column inside the current row."""
-    with gr.Column(elem_classes=["nb-card", "nb-column", f"nb-{precision}"], min_width=300):
+    with gr.Column(elem_classes=["nb-card", "nb-column", f"nb-{parted(precision)[0]}"], min_width=300):
         line = gr.HTML(status(precision, "idle", "Nothing painted yet"), elem_id=f"nb-status-{precision}")
         blank = gr.HTML(canvas(0), elem_id=f"nb-canvas-{precision}")
         image = gr.Image(

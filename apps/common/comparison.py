@@ -67,7 +67,8 @@ def build(precisions: Sequence[str]) -> Comparison:
         )
         with gr.Row(elem_classes=["nb-pair"]):
             with gr.Column(elem_classes=["nb-card"], min_width=300):
-                gr.HTML(_title("Slide between them", f"{pair(precisions)[0].upper()} left, {others[0].upper()} right"))
+                right = others[0].upper() if len(others) == 1 else "the other"
+                gr.HTML(_title("Slide between them", f"{pair(precisions)[0].upper()} left, {right} right"))
                 slider = gr.ImageSlider(
                     type="filepath",
                     format="png",

@@ -215,8 +215,8 @@ def guidance() -> Control:
     )
 
 
-def style() -> Control:
-    """One of the ten styles."""
+def style() -> tuple[Control, Control]:
+    """One of the ten styles, and its words, to be changed at will."""
 
     def build(spec: ModelSpec) -> Component:
         import gradio as gr
@@ -229,13 +229,33 @@ def style() -> Control:
             elem_id="nb-style",
         )
 
-    return Control(
+    def build_words(spec: ModelSpec) -> Component:
+        import gradio as gr
+
+        return gr.Textbox(
+            label="Words of the style",
+            info=f"{styles.MARK} stands for your prompt; change the rest as you like",
+            lines=2,
+            max_lines=4,
+            max_length=styles.MAX_WORDS,
+            elem_id="nb-style_words",
+        )
+
+    named = Control(
         name="style",
         kind=Literal[tuple(styles.STYLES)],
         describe="Words put around the prompt before it is checked and painted.",
         default=lambda spec: styles.NONE,
         build=build,
     )
+    words = Control(
+        name="style_words",
+        kind=str,
+        describe=f"Words of your own instead of the style's, with {styles.MARK} where the prompt belongs.",
+        default=lambda spec: "",
+        build=build_words,
+    )
+    return named, words
 
 
 def size() -> tuple[Control, Control]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from PIL import Image
 
-from apps.common import comparison, controls, history, painting, panels, pictures, recalling
+from apps.common import comparison, controls, history, painting, panels, pictures, recalling, styles
 from apps.common.columns import HIDDEN
 from apps.common.comparison import Shot
 from apps.common.painting import PRIVATE
@@ -97,6 +97,9 @@ def _wire_settings(page: Page, studio: Studio, live: Callable[..., Any] | None) 
         loaded = button.click(lambda chosen=chosen: _loaded(chosen), outputs=list(chosen), queue=False, **PRIVATE)
         if live is not None:
             live(loaded.then)
+    parts["style"].input(  # pyright: ignore[reportAttributeAccessIssue]
+        styles.template, inputs=[parts["style"]], outputs=[parts["style_words"]], queue=False, **PRIVATE
+    )
     page.last_seed.click(
         lambda seed: (seed, False), inputs=[page.last], outputs=[parts["seed"], page.randomise], queue=False, **PRIVATE
     )

@@ -10,7 +10,9 @@ from pathlib import Path
 from engine.models import catalogue
 from engine.models.catalogue import ModelSpec
 
-__all__ = ["Choice", "beside", "choose", "downloaded"]
+__all__ = ["Choice", "beside", "choose", "downloaded", "has_column", "parted"]
+
+ACTIVATIONS = ("w4a8", "w4a4")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,22 @@ def beside(choice: Choice, models: Sequence[str]) -> list[Choice]:
         for spec in rows
         if spec != choice.spec and spec.ships == choice.spec.ships and downloaded(spec)
     ]
+
+
+def parted(column: str) -> tuple[str, str | None]:
+    """The precision of a column, and what its 4-bit layers are given: "int4-w4a4" is INT4 with 4-bit numbers.
+
+    None where the name does not say.
+    """
+    precision, _, activation = column.partition("-")
+    return precision, activation or None
+
+
+def has_column(spec: ModelSpec, column: str) -> bool:
+    """Whether the model can be a column of that name."""
+    precision, activation = parted(column)
+    four_bit = precision in spec.checkpoints
+    return column in spec.precisions or (four_bit and activation in ACTIVATIONS)
 
 
 def downloaded(spec: ModelSpec) -> bool:

@@ -40,7 +40,7 @@ def fit(settings: Mapping[str, Any], studio: Studio) -> tuple[dict[str, Any], st
         else:
             values[name] = value
     if "style" in by_name and "prompt" in values:
-        values["style"] = NONE
+        values |= {"style": NONE, "style_words": ""}
     return values, _note(settings, left, spec.name)
 
 

@@ -165,6 +165,9 @@ def _one(pool: Pool, job: Job, precision: str, feed: _Feed) -> Event:
             result = engine.run(
                 job.request, on_step=_reporter(precision, feed, job.preview), should_stop=job.stop.is_set
             )
+        # Two columns can hold the same precision (INT4 with 8-bit and with 4-bit numbers): the column's name tells them
+        # apart, in files and in words.
+        result = replace(result, precision=precision)
         if job.finish is not None:
             result = replace(result, image=job.finish(result.image, result.request))
         return Finished(precision, result)

@@ -172,8 +172,9 @@ def _options(
             visible=studio.app.live is None,
         )  # fmt: skip
         preview = gr.Checkbox(
-            True, label="Preview while painting", info="Its time is not counted", elem_id="nb-live-preview"
-        )
+            True, label="Preview while painting", info="Its time is not counted", elem_id="nb-live-preview",
+            visible=studio.app.live is None,
+        )  # fmt: skip
     return aspect, preview, batch
 
 

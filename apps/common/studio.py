@@ -67,7 +67,7 @@ class Studio:
         name = values.get("model")
         if name is None:
             return self.first
-        if name not in self.rooms:
+        if not isinstance(name, str) or name not in self.rooms:
             raise RequestError("model", f"model: expected one of {', '.join(self.rooms)}, got {name!r}")
         return self.rooms[name]
 
@@ -89,7 +89,7 @@ class Studio:
         """
         spec, plain, given = self.room(values).spec, self.plain(values), self._given(values)
         inputs = self.app.prepare(given | {"width": plain.width, "height": plain.height}, spec)
-        prompt = styles.apply(given.get("style"), loras.worded(given, spec, plain.prompt))
+        prompt = styles.apply(given.get("style"), loras.worded(given, spec, plain.prompt), given.get("style_words"))
         dressed = dataclasses.replace(plain, prompt=prompt, inputs=inputs, loras=loras.wanted(given, spec))
         return dressed.resolved(spec)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from engine import RequestError
 
-__all__ = ["MARK", "NONE", "STYLES", "apply"]
+__all__ = ["MARK", "NONE", "STYLES", "apply", "template"]
 
 MARK = "{prompt}"
 NONE = "None"
@@ -31,12 +31,26 @@ STYLES: dict[str, str] = {
 NOTHING = "the scene"
 
 
-def apply(style: str | None, prompt: str) -> str:
-    """Return `prompt` dressed in `style`; None and "None" leave it as it is.
+MAX_WORDS = 500
 
-    Raises RequestError naming the styles when there is no such style.
+
+def apply(style: str | None, prompt: str, words: str | None = None) -> str:
+    """Return `prompt` dressed in `words`, in which {prompt} stands for it, or, without any, in those of `style`.
+
+    None and "None" leave it as it is. Words without the mark follow the prompt.
+    Raises RequestError naming the styles when there is no such style, or when the words are too long or no text.
     """
-    template = STYLES.get(style or NONE)
+    template = STYLES.get(style or NONE) if isinstance(style, str | None) else None
     if template is None:
         raise RequestError("style", f"style: expected one of {', '.join(STYLES)}, got {style!r}")
+    if words is not None and (not isinstance(words, str) or len(words) > MAX_WORDS):
+        got = len(words) if isinstance(words, str) else repr(words)
+        raise RequestError("style_words", f"style_words: expected a text of at most {MAX_WORDS} characters, got {got}")
+    if words and words.strip():
+        template = words.strip() if MARK in words else f"{MARK}, {words.strip()}"
     return template.replace(MARK, prompt.strip() or NOTHING) if template != MARK else prompt
+
+
+def template(style: str | None) -> str:
+    """What the page writes into the box of words when `style` is chosen: nothing for none."""
+    return "" if style in (None, NONE) else STYLES.get(style, "")

@@ -9,6 +9,8 @@ __all__ = ["PRECISIONS", "bytes_text", "decibels", "faster", "seconds_text", "sm
 PRECISIONS = {
     "bf16": "16-bit weights, as published",
     "int4": "4-bit weights, SVDQuant",
+    "int4-w4a8": "4-bit weights, 8-bit numbers",
+    "int4-w4a4": "4-bit weights, 4-bit numbers",
     "nvfp4": "4-bit floats, SVDQuant",
 }
 

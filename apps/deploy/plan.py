@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apps.common.app import App
+from apps.common.models import parted
 from engine import ArgumentError, EngineError
 from engine.models import catalogue
 from engine.models.catalogue import ModelSpec
@@ -74,7 +75,8 @@ class Plan:
         return tuple(dict.fromkeys("/".join(place.split("/")[:2]) for place in hub))
 
     def _places(self, spec: ModelSpec) -> list[str]:
-        checkpoints = [spec.checkpoints[name] for name in self.precisions if name in spec.checkpoints]
+        kinds = dict.fromkeys(parted(name)[0] for name in self.precisions)
+        checkpoints = [spec.checkpoints[name] for name in kinds if name in spec.checkpoints]
         return [place for place in (spec.source, *checkpoints, spec.lora, spec.prior) if place]
 
 

@@ -14,7 +14,7 @@ if __package__ in (None, ""):
     # Started as a script from a checkout that is not installed.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from apps.common import App, controls, loras
+from apps.common import App, controls, usual
 from engine.models.catalogue import ModelSpec, zoo_folder
 
 HERE = Path(__file__).parent
@@ -37,10 +37,13 @@ def prepare(values: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     picture = ImageOps.fit(picture, (values["width"], values["height"]), Image.Resampling.LANCZOS)
     if values.get("ready"):
         return {"control_image": picture}
+    read = maps.reduced(picture, controls.check_number("detail", values["detail"], (10, 100)) / 100)
     if follows_edges(spec):
-        return {"control_image": maps.edges(picture, values["low"], values["high"])}
-    estimator = str(zoo_folder() / "depth-estimator-tiny") if spec.ships else LARGE_ESTIMATOR
-    return {"control_image": maps.depth(picture, estimator)}
+        low, high = (controls.check_number(name, values[name], (0, 255)) for name in ("low", "high"))
+        found = maps.edges(read, low, high)
+    else:
+        found = maps.depth(read, str(zoo_folder() / "depth-estimator-tiny") if spec.ships else LARGE_ESTIMATOR)
+    return {"control_image": found.resize(picture.size, Image.Resampling.BILINEAR)}
 
 
 APP = App(
@@ -55,17 +58,21 @@ APP = App(
         controls.seed(),
         controls.number("low", "Lower threshold", (0, 255, 100), "Edges weaker than this are dropped", follows_edges),
         controls.number("high", "Upper threshold", (0, 255, 200), "Edges stronger than this are kept", follows_edges),
+        controls.number(
+            "detail", "Detail of the map", (10, 100, 100), "Percent of the size to be painted; less keeps less"
+        ),
         controls.check("ready", "My picture is already a map", "Use it as it is: bright is near, or white edges."),
-        controls.steps(),
-        controls.guidance(),
-        controls.style(),
-        *loras.choose(),
-        *controls.size(),
+        *usual.options(),
     ),
     examples=(
         {"prompt": "a yellow metal sphere and a green cube", "picture": HERE / "examples" / "pair.png"},
         {"prompt": "a purple cone, a white cube and an orange sphere", "picture": HERE / "examples" / "three.png"},
         {"prompt": "a cyan cylinder on a brown floor", "picture": HERE / "examples" / "one.png"},
+    ),
+    large_examples=(
+        {"prompt": "two stone lanterns in a moss garden after rain", "picture": HERE / "examples" / "pair.png"},
+        {"prompt": "perfume bottles on wet slate, studio light", "picture": HERE / "examples" / "three.png"},
+        {"prompt": "a clay pot on a workbench by a window, photograph", "picture": HERE / "examples" / "one.png"},
     ),
     reuse="picture",
     prepare=prepare,

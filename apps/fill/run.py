@@ -14,7 +14,7 @@ if __package__ in (None, ""):
     # Started as a script from a checkout that is not installed.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from apps.common import App, controls, loras
+from apps.common import App, controls, usual
 from apps.fill import SIDES, TASKS
 from engine import RequestError
 from engine.models.catalogue import ModelSpec
@@ -88,16 +88,17 @@ APP = App(
         controls.number("grow", "Grow the mask", (0, 32, 4), "Pixels by which the marked part is widened"),
         controls.check("invert", "Turn the mask over", "Paint anew all but the marked part."),
         controls.picture("mask", "Mask from a file", "A mask, white where to paint.", place="options"),
-        controls.steps(),
-        controls.guidance(),
-        controls.style(),
-        *loras.choose(),
-        *controls.size(),
+        *usual.options(),
     ),
     examples=(
         example("a large green sphere", "pair"),
         example("a white cone", "one"),
         example("a small yellow metal cube", "three"),
+    ),
+    large_examples=(
+        example("a glass teapot on a linen cloth", "pair"),
+        example("a small lighthouse of white stone", "one"),
+        example("a sleeping ginger cat", "three"),
     ),
     prepare=prepare,
     finish=finish,

@@ -12,7 +12,7 @@ if __package__ in (None, ""):
     # Started as a script from a checkout that is not installed.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from apps.common import App, controls, loras
+from apps.common import App, controls, usual
 
 PLACEHOLDER = "a large red metal sphere left of a small blue cube"
 
@@ -25,11 +25,7 @@ APP = App(
     controls=(
         controls.prompt(PLACEHOLDER),
         controls.seed(),
-        controls.steps(),
-        controls.guidance(),
-        controls.style(),
-        *loras.choose(),
-        *controls.size(),
+        *usual.options(),
     ),
     examples=(
         {"prompt": "a large red metal sphere left of a small blue cube"},

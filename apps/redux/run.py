@@ -14,7 +14,7 @@ if __package__ in (None, ""):
     # Started as a script from a checkout that is not installed.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from apps.common import App, controls, loras
+from apps.common import App, controls, usual
 from engine import RequestError
 from engine.models.catalogue import ModelSpec
 
@@ -67,16 +67,17 @@ APP = App(
         controls.seed(),
         controls.decimal("image_strength", "Strength of the pictures", (0.0, 1.0, 1.0), "Less: freer variations"),
         controls.decimal("prompt_strength", "Strength of the prompt", (0.0, 3.0, 1.0), "Without a prompt: no effect"),
-        controls.steps(),
-        controls.guidance(),
-        controls.style(),
-        *loras.choose(),
-        *controls.size(),
+        *usual.options(),
     ),
     examples=(
         {"prompt": "", "picture": HERE / "sphere.png", "second": None, "third": None},
         {"prompt": "", "picture": HERE / "pair.png", "second": None, "third": None},
         {"prompt": "", "picture": HERE / "sphere.png", "second": HERE / "cone.png", "third": None},
+    ),
+    large_examples=(
+        {"prompt": "", "picture": HERE / "sphere.png", "second": None, "third": None},
+        {"prompt": "as a watercolour on rough paper", "picture": HERE / "pair.png", "second": None, "third": None},
+        {"prompt": "in a snowy forest", "picture": HERE / "sphere.png", "second": HERE / "cone.png", "third": None},
     ),
     titles=("a variation of a sphere", "a variation of two things", "a mix of a sphere and a cone"),
     prepare=prepare,

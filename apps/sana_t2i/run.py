@@ -14,7 +14,7 @@ if __package__ in (None, ""):
     # Started as a script from a checkout that is not installed.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from apps.common import App, controls, loras
+from apps.common import App, controls, usual
 from engine.models.catalogue import ModelSpec
 
 PAG_HELP = "Perturbed-attention guidance: sharper shapes for half as much time again; 0 is off"
@@ -34,12 +34,8 @@ APP = App(
     controls=(
         controls.prompt("a large red metal sphere left of a small blue cube"),
         controls.seed(),
-        controls.steps(),
-        controls.guidance(),
         controls.decimal("pag", "PAG scale", (0.0, 10.0, 0.0), PAG_HELP),
-        controls.style(),
-        *loras.choose(),
-        *controls.size(),
+        *usual.options(),
     ),
     examples=(
         {"prompt": "a cyan sphere and a red cylinder under a blue sky"},

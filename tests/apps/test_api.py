@@ -76,7 +76,7 @@ def test_only_generate_is_public_and_its_parameters_are_described(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert set(endpoints) == {"/generate"}
     names = {parameter["parameter_name"]: parameter for parameter in endpoints["/generate"]["parameters"]}
-    own = {"prompt", "seed", "steps", "guidance", "style", "width", "height", "precision"}
+    own = {"prompt", "seed", "steps", "guidance", "style", "style_words", "width", "height", "precision"}
     assert set(names) == own | {"lora", "lora_file", "lora_strength"}
     assert names["precision"]["type"] == {"enum": ["bf16", "int4"]}
     assert not names["prompt"]["parameter_has_default"]

@@ -81,6 +81,23 @@ def test_ctrl_enter_paints_and_the_new_seed_is_written_back(browser, page):
         assert f"Done, seed {seed}" in text(tab, "#nb-status-int4")
 
 
+def test_a_style_brings_its_words_which_can_be_changed(browser, page):
+    with visit(browser, page.url) as tab:
+        tab.locator("#nb-options button").first.click()
+        tab.locator("#nb-style input").click()
+        tab.get_by_role("option", name="Manga").click()
+        words = "document.querySelector('#nb-style_words textarea').value"
+        tab.wait_for_function(f"{words}.startsWith('a manga panel of {{prompt}}')")
+        tab.locator("#nb-style_words textarea").fill("{prompt} of {glass}, {")
+        screenshots.paint(tab, "a red cube", 7, 60)
+        assert page.engines["int4"].runs[-1].prompt == "a red cube of {glass}, {"
+        tab.locator("#nb-style input").click()
+        tab.get_by_role("option", name="None").click()
+        tab.wait_for_function(f"{words} === ''")
+        screenshots.paint(tab, "a red cube", 7, 60)
+        assert page.engines["int4"].runs[-1].prompt == "a red cube"
+
+
 def test_empty_and_refused_prompts_are_answered_in_words(browser, page):
     with visit(browser, page.url) as tab:
         tab.locator("#nb-generate").click()

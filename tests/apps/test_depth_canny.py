@@ -14,8 +14,9 @@ from PIL import Image
 from apps.common import recalling
 from apps.common.uploads import open_picture
 from apps.depth_canny import maps
-from apps.depth_canny.run import APP, HERE
+from apps.depth_canny.run import APP, HERE, prepare
 from engine import RequestError
+from engine.models import catalogue
 from engine.models.catalogue import zoo_folder
 from tests.apps.conftest import really_served, visit
 
@@ -105,6 +106,26 @@ def test_maps_have_the_size_of_the_picture_and_say_what_is_near():
     near = np.asarray(maps.depth(picture.resize((256, 192)), str(zoo_folder() / "depth-estimator-tiny")))
     assert near.shape == (192, 256, 3)
     assert near[-8:].mean() > near[:8].mean() + 60, "the floor in front is nearer than the sky"
+
+
+def test_less_detail_keeps_the_large_edges_and_drops_the_small_ones(uploads):
+    tiny = catalogue.resolve("tiny-canny")
+    dots = Image.new("RGB", (256, 256), "white")
+    for place in range(0, 256, 4):
+        dots.putpixel((place, 10), (90, 90, 90))
+    dots.paste("black", (60, 60, 200, 200))
+    values = {"picture": saved(dots, uploads, "dots.png"), "width": 256, "height": 256, "low": 100, "high": 200}
+    whole, quarter = (
+        np.asarray(prepare(values | {"detail": share}, tiny)["control_image"].convert("L")) for share in (100, 25)
+    )
+    assert whole.shape == quarter.shape == (256, 256)
+    assert whole[:20].max() == 255
+    assert quarter[:20].max() == 0
+    assert min(whole[56:64].max(), quarter[56:64].max()) > 100
+    for share in (9, 101, "x", None):
+        with pytest.raises(RequestError, match="detail: expected a number from 10 to 100"):
+            prepare(values | {"detail": share}, tiny)
+    assert maps.reduced(dots.resize((8, 400)), 0.1).size == (8, 40)
 
 
 def test_a_flat_picture_has_a_map_too():

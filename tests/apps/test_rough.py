@@ -114,6 +114,10 @@ def test_long_prompts_braces_and_odd_sizes(client, slug):
         ask(client, slug, "a red cube", width=257)
     wide = {"width": 288, "height": 256}
     assert ask(client, slug, "{a.__class__} {0} { %s \\ <b>bold</b>", style="Anime", **wide) == (288, 256)
+    for words in ("{", "{x} {0} {prompt.__class__} {prompt} }", "%s \\1"):
+        assert ask(client, slug, "a red cube", style_words=words) == (256, 256)
+    with pytest.raises(Exception, match="style_words: expected a text of at most 500 characters, got 9000"):
+        ask(client, slug, "a red cube", style_words="{prompt}" * 1125)
 
 
 def test_an_unknown_choice_is_answered_in_words(client):
@@ -122,6 +126,17 @@ def test_an_unknown_choice_is_answered_in_words(client):
             ask(client, "fill", "a red cube", **more)
     with pytest.raises(Exception, match="model: expected one of tiny-depth, tiny-canny"):
         ask(client, "depth_canny", "a red cube", model="none such")
+    with pytest.raises(Exception, match="model: expected one of tiny-depth, tiny-canny"):
+        ask(client, "depth_canny", "a red cube", model=["tiny-canny"])
+    with pytest.raises(Exception, match="style: expected one of None, Cinematic"):
+        ask(client, "flux_t2i", "a red cube", style=["Anime"])
+
+
+@pytest.mark.parametrize("name", ["low", "high"])
+@pytest.mark.parametrize("value", [-1, 256, "x"])
+def test_a_threshold_out_of_range_is_answered_in_words(client, name, value):
+    with pytest.raises(Exception, match=f"{name}: expected a number from 0 to 255"):
+        ask(client, "depth_canny", "a red cube", model="tiny-canny", **{name: value})
 
 
 @pytest.mark.parametrize(

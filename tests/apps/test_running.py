@@ -352,6 +352,6 @@ def test_recalled_settings_fit_or_are_named(driven):
     settings = {"prompt": "a cone", "seed": 5, "steps": 4, "guidance": 99.0, "width": "wide", "height": 192}
     settings |= {"model": "flux.1-dev", "backend": "x"}
     values, note = recalling.fit(settings, driven.studio)
-    assert values == {"prompt": "a cone", "seed": 5, "steps": 4, "height": 192, "style": "None"}
+    assert values == {"prompt": "a cone", "seed": 5, "steps": 4, "height": 192, "style": "None", "style_words": ""}
     assert "made with flux.1-dev" in note
     assert "guidance, width" in note

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from apps import run
 from apps.common import styles
 from apps.common.app import App
 from apps.common.controls import ASPECTS, aspect_size, prompt, seed
@@ -49,7 +50,7 @@ def test_an_app_is_frozen_and_gives_its_controls_by_name():
 def test_the_text_to_image_app_names_its_models_and_examples():
     assert APP.models[0] == "tiny"
     assert all(example["prompt"] for example in APP.examples)
-    own = {"prompt", "seed", "steps", "guidance", "style", "width", "height"}
+    own = {"prompt", "seed", "steps", "guidance", "style", "style_words", "width", "height"}
     assert {c.name for c in APP.controls} == own | {"lora", "lora_file", "lora_strength"}
 
 
@@ -70,6 +71,45 @@ def test_there_are_ten_styles_and_none_changes_nothing():
 def test_a_style_keeps_the_prompt_as_it_is(style, text):
     before, after = styles.STYLES[style].split(styles.MARK)
     assert styles.apply(style, text) == before + text + after
+
+
+@pytest.mark.parametrize(
+    ("words", "painted"),
+    [
+        ("", "an anime"),
+        ("  ", "an anime"),
+        ("{prompt} carved in ice", "a cube carved in ice"),
+        ("carved in ice", "a cube, carved in ice"),
+        ("{x} {0.__class__} {prompt} {", "{x} {0.__class__} a cube {"),
+        ("{", "a cube, {"),
+    ],
+)
+def test_words_of_ones_own_take_the_place_of_a_style(words, painted):
+    assert styles.apply("Anime", "a cube", words).startswith(painted)
+
+
+@pytest.mark.parametrize("words", ["x" * 501, 5, ["a"]])
+def test_words_that_cannot_be_used_are_refused(words):
+    with pytest.raises(RequestError, match="style_words: expected a text of at most 500 characters"):
+        styles.apply("None", "a cube", words)
+
+
+def test_words_of_a_style_are_judged_with_the_prompt(make_studio):
+    studio = make_studio().studio
+    asked = studio.request({"prompt": "a child", "style_words": "naked, {prompt}"})
+    assert asked.prompt == "naked, a child"
+    assert not studio.judge(asked).allowed
+    assert studio.judge(studio.request({"prompt": "a child"})).allowed
+
+
+@pytest.mark.parametrize("app", run.apps(), ids=lambda app: app.slug)
+def test_every_app_has_examples_for_small_and_for_large_models(app):
+    small, large = (app.examples_for(catalogue.resolve(app.models[place])) for place in (0, -1))
+    assert small
+    assert large
+    assert small != large
+    for model in (app.models[0], app.models[-1]):
+        assert all(app.titles_for(catalogue.resolve(model)))
 
 
 def test_an_unknown_style_is_refused_by_name():

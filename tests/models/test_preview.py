@@ -55,3 +55,17 @@ def test_the_map_of_colours_is_made_once(engine):
     assert weight.shape == (16, 3)
     assert bias.shape == (3,)
     assert palette(engine.pipe.vae)[0] is weight
+
+
+def test_sana_is_previewed_too():
+    seen: list[Image.Image | None] = []
+    engine = Engine.load("tiny-sana", "int4", device="cpu")
+    result = engine.run(
+        Request("a large blue sphere on a grey floor", seed=3), on_step=lambda s: seen.append(s.preview())
+    )
+    last = seen[-1]
+    assert seen[0] is None
+    assert last is not None
+    small = np.asarray(result.image.resize(last.size, Image.Resampling.BOX)).astype(float)
+    assert last.size == (8, 8)
+    assert np.corrcoef(np.asarray(last).ravel(), small.ravel())[0, 1] > 0.7
