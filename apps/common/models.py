@@ -75,8 +75,7 @@ def downloaded(spec: ModelSpec) -> bool:
     if spec.local:
         return True
     index = _cached(spec.source, "model_index.json")
-    checkpoints = [spec.checkpoints[name] for name in spec.usual if name in spec.checkpoints]
-    return index is not None and _whole(index) and all(_checkpoint_here(where) for where in checkpoints)
+    return index is not None and _whole(index) and all(_checkpoint_here(where) for where in spec.checkpoints.values())
 
 
 def _whole(index: Path) -> bool:

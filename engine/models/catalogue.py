@@ -21,10 +21,6 @@ __all__ = ["CATALOGUE", "ModelSpec", "Range", "names", "resolve", "zoo_folder"]
 _LORA = "pytorch_lora_weights.safetensors"
 
 
-# 4-bit precisions, and what published files call them.
-_PUBLISHED = {"int4": "int4", "nvfp4": "fp4"}
-
-
 @dataclass(frozen=True)
 class Range:
     """A numeric setting: its default, its inclusive limits and its step."""
@@ -82,11 +78,6 @@ class ModelSpec:
         """Precisions this model can run in, BF16 first."""
         return ("bf16", *self.checkpoints)
 
-    @property
-    def usual(self) -> tuple[str, ...]:
-        """Those that are run unless others are asked for: NVFP4 only where there is no INT4."""
-        return tuple(name for name in self.precisions if name != "nvfp4" or "int4" not in self.checkpoints)
-
 
 def zoo_folder() -> Path:
     """Folder of the small models that ship with the project; ENGINE_ZOO overrides it."""
@@ -94,17 +85,11 @@ def zoo_folder() -> Path:
     return Path(override) if override else Path(__file__).resolve().parents[2] / "zoo" / "weights"
 
 
-def _beside(folder: Path) -> dict[str, str]:
-    """Where the 4-bit checkpoints of a folder belong."""
-    return {precision: str(folder.with_name(f"{folder.name}-{precision}")) for precision in _PUBLISHED}
-
-
 def _flux(name: str, title: str, repository: str, **overrides: object) -> ModelSpec:
     settings: dict[str, object] = {
         "source": f"black-forest-labs/{repository}",
         "checkpoints": {
-            precision: f"nunchaku-tech/nunchaku-{name}/svdq-{kind}_r32-{name}.safetensors"
-            for precision, kind in _PUBLISHED.items()
+            "int4": f"nunchaku-tech/nunchaku-{name}/svdq-int4_r32-{name}.safetensors",
         },
         "pipeline": "FluxPipeline",
         "licence": "FLUX.1 [dev] Non-Commercial License",
@@ -128,7 +113,7 @@ def _tiny() -> ModelSpec:
         family="flux",
         pipeline="FluxPipeline",
         source=str(zoo / "flux-tiny"),
-        checkpoints=_beside(zoo / "flux-tiny"),
+        checkpoints={"int4": str(zoo / "flux-tiny-int4")},
         steps=Range(12, 1, 50),
         guidance=Range(4.5, 1.0, 6.0, 0.1),
         size=Range(256, 128, 512, 16),
@@ -166,7 +151,7 @@ def _tiny_sana() -> ModelSpec:
         family="sana",
         pipeline="SanaPAGPipeline",
         source=str(zoo / "sana-tiny"),
-        checkpoints=_beside(zoo / "sana-tiny"),
+        checkpoints={"int4": str(zoo / "sana-tiny-int4")},
         steps=Range(20, 1, 50),
         guidance=Range(4.5, 1.0, 10.0, 0.1),
         size=Range(256, 256, 512, 32),
@@ -182,10 +167,7 @@ def _sana() -> ModelSpec:
         family="sana",
         pipeline="SanaPAGPipeline",
         source="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
-        checkpoints={
-            precision: f"nunchaku-tech/nunchaku-sana/svdq-{kind}_r32-sana1.6b.safetensors"
-            for precision, kind in _PUBLISHED.items()
-        },
+        checkpoints={"int4": "nunchaku-tech/nunchaku-sana/svdq-int4_r32-sana1.6b.safetensors"},
         steps=Range(20, 1, 50),
         guidance=Range(5.0, 1.0, 10.0, 0.1),
         size=Range(1024, 256, 4096, 32),
@@ -270,7 +252,7 @@ def resolve(model: str | ModelSpec) -> ModelSpec:
 
 
 def _from_folder(folder: Path) -> ModelSpec:
-    """Read a diffusers folder's own index; 4-bit checkpoints beside it are found by -int4 and -nvfp4."""
+    """Read a diffusers folder's own index; 4-bit checkpoints beside it are found by the suffix -int4."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(f"model: {folder} holds no model_index.json, so it is not a diffusers pipeline folder")
@@ -283,7 +265,8 @@ def _from_folder(folder: Path) -> ModelSpec:
     if row is None:
         kinds = " or ".join(family.pipelines for family in FAMILIES.values())
         raise ModelError(f"model: {folder} holds a {pipeline or 'nameless pipeline'}; expected a {kinds} pipeline")
-    checkpoints = {precision: place for precision, place in _beside(folder).items() if Path(place).exists()}
+    beside = folder.with_name(folder.name + "-int4")
+    checkpoints = {"int4": str(beside)} if beside.exists() else {}
     parent = _same_transformer(folder, pipeline)
     if parent is not None:
         return replace(parent, name=folder.name, title=folder.name, source=str(folder), checkpoints=checkpoints)

@@ -133,7 +133,7 @@ def _checkpoint_path(spec: ModelSpec, precision: str) -> Path:
     if path.is_absolute() or place.count("/") != 2:
         raise CheckpointError(
             f"{place}: the {precision} checkpoint of {spec.name} is not there; make it with"
-            f" python -m engine.quantize {spec.source} --precision {precision} --out {place}"
+            f" python -m engine.quantize {spec.source} --out {place}"
         )
     from huggingface_hub import hf_hub_download
 
