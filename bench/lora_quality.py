@@ -78,6 +78,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, measure, print the table; 2 for what cannot be run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,7 +89,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.count < 1:
         parser.error(f"--count: expected 1 or more, got {options.count}")
-    torch.set_grad_enabled(False)
     about = machine(torch.device("cpu"))
     found: dict[str, dict[str, Any]] = {}
     try:

@@ -95,6 +95,7 @@ def table(told: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, compare, print the table; 2 for what cannot be run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,7 +107,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--work", type=Path, required=True, help="folder for pictures and checkpoints")
     add("--json", type=Path)
     options = parser.parse_args(argv)
-    torch.set_grad_enabled(False)
     try:
         print(table(compare(options)))
     except EngineError as error:

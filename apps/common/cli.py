@@ -72,7 +72,7 @@ def parser(app: App) -> argparse.ArgumentParser:
         f"{', '.join(app.models)}, a diffusers folder or a hub id (default auto)",
     )  # fmt: skip
     models.add_argument(
-        "--qencoder", nargs="?", const=T5_4BIT, metavar="FILE",
+        "--qencoder", "--use-qencoder", dest="qencoder", nargs="?", const=T5_4BIT, metavar="FILE",
         help="a 4-bit T5 text encoder for cards with little memory: a file or a hub name (default: the published one)",
     )  # fmt: skip
     return this
