@@ -161,7 +161,8 @@ class Engine:
                 unload_lora(self.pipe.transformer, place)
             self._worn = {}
             load_loras(self.pipe.transformer, [(place, strength, place) for place, strength in wanted.items()])
-            self._warm.clear()
+            if self.device.type == "cuda":
+                self._warm.clear()  # what was recorded is gone
         self._worn = dict(wanted)
 
     def _warm_up(self, request: Request) -> None:

@@ -81,7 +81,7 @@ class FusedDoubleBlock(FluxTransformerBlock):
 
 def _joined(text: Tensor, picture: Tensor) -> Tensor:
     """torch.cat along the tokens; without a copy where both are views of one tensor, as the block before left them."""
-    if not torch.compiler.is_compiling() and text.untyped_storage()._cdata == picture.untyped_storage()._cdata:
+    if not torch.compiler.is_compiling() and text.untyped_storage().data_ptr() == picture.untyped_storage().data_ptr():
         batch, words, width = text.shape
         shape = (batch, words + picture.shape[1], width)
         strides = (shape[1] * width, width, 1)

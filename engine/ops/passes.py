@@ -12,9 +12,9 @@ from torch import Tensor
 from engine.ops.backends import cuda_kernels
 from engine.ops.cuda import check
 
-__all__ = ["HEAD", "gated_add", "rotate_heads"]
+__all__ = ["gated_add", "rotate_heads"]
 
-HEAD = 128  # elements of a head that the kernel takes
+_HEAD = 128  # elements of a head that the kernel takes
 
 _library = torch.library.Library("nibble", "FRAGMENT")
 _library.define(
@@ -88,14 +88,14 @@ def _launch_heads(
     qkv: Tensor, text: Tensor | None, norms: list[Tensor], cosine: Tensor, sine: Tensor, eps: float
 ) -> list[Tensor]:
     module = cuda_kernels()
-    if module is None or qkv.dtype != torch.bfloat16 or cosine.shape[-1] != HEAD:
+    if module is None or qkv.dtype != torch.bfloat16 or cosine.shape[-1] != _HEAD:
         return _plain_heads(qkv, text, norms, cosine, sine, eps)
     (batch, length, width), words = qkv.shape, 0 if text is None else text.shape[1]
-    heads, tokens = width // 3 // HEAD, length + words
+    heads, tokens = width // 3 // _HEAD, length + words
     qkv, rows = qkv.contiguous(), None if text is None else text.contiguous()
     angles = [part.to(torch.float32).contiguous() for part in (cosine, sine)]
     weights = [weight.to(torch.bfloat16).contiguous() for weight in (*norms, *norms)[:4]]
-    made = [qkv.new_empty(batch, tokens, heads, HEAD) for _ in range(2 if text is None else 3)]
+    made = [qkv.new_empty(batch, tokens, heads, _HEAD) for _ in range(2 if text is None else 3)]
     read = (rows, qkv, *weights, *angles, *made)
     addresses = [0 if part is None else part.data_ptr() for part in read] + [0] * (3 - len(made))
     with torch.cuda.device(qkv.device):
