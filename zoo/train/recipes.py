@@ -66,15 +66,24 @@ def _sana(plan: Plan, minutes: float) -> list[str]:
     known = ["--vae", str(kept)] if kept and kept.is_dir() else []
     stages = {"render": min(0.8, 0.1 * minutes), "ae": min(3.5, 0.3 * minutes), "flow": minutes}
     smaller = [] if plan.smoke else ["--set", "pool.pictures=100000"]  # several parts share a GPU's memory
+    if earlier := _earlier(plan, "sana-tiny"):
+        known, stages = [*earlier, "--seed", "2", *_set("flow.lr=8e-4")], {**stages, "ae": 0.0}
     return [*known, *smaller, *(word for name, m in stages.items() for word in (f"--minutes-{name}", f"{m:.2f}"))]
 
 
-def _nothing(plan: Plan, minutes: float) -> list[str]:
-    return []
+def _earlier(plan: Plan, name: str = "") -> list[str]:
+    """Go on from a part's weights beside the base that the run goes on from, if they are there."""
+    folder = plan.resume.parent / name if plan.resume else None
+    return ["--resume", str(folder)] if folder and folder.is_dir() and not plan.smoke else []
+
+
+def _from(name: str) -> Callable[[Plan, float], list[str]]:
+    return lambda plan, minutes: _earlier(plan, name)
 
 
 def _kinds(plan: Plan, minutes: float) -> list[str]:
-    return ["--kind", "canny", "depth"]
+    known = plan.resume and (plan.resume.parent / "canny-tiny").is_dir()
+    return ["--kind", "canny", "depth", *(_earlier(plan) if known else [])]
 
 
 def _set(*changes: str) -> tuple[str, ...]:
@@ -82,7 +91,7 @@ def _set(*changes: str) -> tuple[str, ...]:
 
 
 # Other pictures than the first run's, and a rate that does not undo what it learned.
-_GO_ON = ["--seed", "1", *_set("flow.lr=8e-4")]
+_GO_ON = ["--seed", "2", *_set("flow.lr=8e-4")]
 # Without a recorded step the base's pace is that of the processor, whatever the batch: so a larger batch costs nothing.
 _PLAIN = _set("flow.capture=false", "distill.capture=false", "flow.batch=448", "distill.batch=320")
 _LESS = _set("train.batch=128")
@@ -91,10 +100,10 @@ RECIPES = {
     for recipe in (
         Recipe("base", "zoo.train.flux_tiny", "flux", False, _base, _PLAIN),
         Recipe("control", "zoo.train.control", "control", True, _kinds, _LESS),
-        Recipe("fill", "zoo.train.fill", "fill", True, _nothing, _LESS),
+        Recipe("fill", "zoo.train.fill", "fill", True, _from("fill-tiny"), _LESS),
         Recipe("sana", "zoo.train.sana", "sana", False, _sana, _set("flow.batch=512")),
-        Recipe("redux", "zoo.train.redux", "redux", True, _nothing, _set("train.batch=96")),
-        Recipe("sketch", "zoo.train.sketch", "sketch", True, _nothing, _LESS),
-        Recipe("depth", "zoo.train.depth_estimator", "depth", False, _nothing, _set("train.batch=48")),
+        Recipe("redux", "zoo.train.redux", "redux", True, _from("redux-tiny"), _set("train.batch=96")),
+        Recipe("sketch", "zoo.train.sketch", "sketch", True, _from("sketch-tiny"), _LESS),
+        Recipe("depth", "zoo.train.depth_estimator", "depth", False, lambda plan, minutes: [], _set("train.batch=48")),
     )
 }
