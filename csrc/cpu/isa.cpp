@@ -66,15 +66,19 @@ const Isa* isa_table() {
   static const auto quantize_512 = f.avx512bf16 ? quantize_act_avx512bf16 : quantize_act_avx512;
   static const auto linear_512 = f.avx512bf16 ? linear_avx512bf16 : linear_avx512;
   static const Isa table[kIsaCount] = {
-      {{"amx", quantize_512, linear_amx, awq_linear_avx512, linear_scratch_amx, 32, 20}, f.amx, f.why_amx},
+      {{"amx", quantize_512, linear_amx, awq_linear_avx512, linear_scratch_amx, 32, 96}, f.amx, f.why_amx},
       {{"avx512", quantize_512, linear_512, awq_linear_avx512, linear_scratch_avx512, 14, 2}, f.avx512, f.why_avx512},
       {{"avx2", quantize_act_avx2, linear_avx2, awq_linear_avx2, linear_scratch_avx2, 4, 0}, f.avx2, f.why_avx2},
       {{"scalar", quantize_act_scalar, linear_scalar, awq_linear_scalar, linear_scratch_scalar, 1, 0}, true, ""},
-      // For tests and fair comparisons only: older code on a newer processor, and AMX where there is none.
+      // For tests and fair comparisons only: older code on a newer processor, AMX that keeps group scales for any
+      // number of tokens, and AMX where there is none.
       {{"avx512_without_bf16", quantize_act_avx512, linear_avx512, awq_linear_avx512, linear_scratch_avx512, 14, 2},
        f.avx512,
        f.why_avx512},
-      {{"amx_emulated", quantize_512, linear_amx_emulated, awq_linear_avx512, linear_scratch_amx_emulated, 32, 20},
+      {{"amx_grouped", quantize_512, linear_amx_grouped, awq_linear_avx512, linear_scratch_amx, 32, 20},
+       f.amx,
+       f.why_amx},
+      {{"amx_emulated", quantize_512, linear_amx_emulated, awq_linear_avx512, linear_scratch_amx_emulated, 32, 96},
        f.avx512bf16,
        f.avx512bf16 ? "" : "the processor lacks AVX-512 BF16, which every processor with AMX has"},
   };

@@ -20,6 +20,7 @@ NIBBLE_LINEAR(avx512);
 NIBBLE_LINEAR(avx512bf16);
 NIBBLE_LINEAR(amx);
 NIBBLE_LINEAR(amx_emulated);
+void linear_amx_grouped(const Linear&, Range rows, Range panels, uint8_t* scratch);
 NIBBLE_AWQ(scalar);
 NIBBLE_AWQ(avx2);
 NIBBLE_AWQ(avx512);
@@ -34,7 +35,7 @@ struct Isa {
   bool runs;
   const char* why;
 };
-constexpr int kIsaCount = 6;
+constexpr int kIsaCount = 7;
 const Isa* isa_table();  // [kIsaCount]; asks the processor and the system once
 
 // Runs fn(context, i) for i in [0, chunks) on at most `threads` threads, on the OpenMP pool the process already has.

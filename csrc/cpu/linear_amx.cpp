@@ -1,5 +1,5 @@
-// The 4-bit linear on the processor's AMX tiles. The algorithm is in linear_amx.h.
-#include "linear_amx.h"
+// The 4-bit linear on the processor's AMX tiles. The algorithms are in linear_amx.h and linear_amx_folded.h.
+#include "linear_amx_folded.h"
 
 namespace nibble {
 namespace {
@@ -41,10 +41,14 @@ struct ProcessorTiles {
 }  // namespace
 
 int64_t linear_scratch_amx(const Weight& w, int64_t m) {
-  return amx_scratch(w, m);
+  return max64(amx_scratch(w, m), folded_scratch(w, m));
 }
 
 void linear_amx(const Linear& p, Range rows, Range panels, uint8_t* scratch) {
+  (folds(p) ? linear_folded<ProcessorTiles> : linear_tiles<ProcessorTiles>)(p, rows, panels, scratch);
+}
+
+void linear_amx_grouped(const Linear& p, Range rows, Range panels, uint8_t* scratch) {
   linear_tiles<ProcessorTiles>(p, rows, panels, scratch);
 }
 

@@ -1,5 +1,6 @@
-// The AMX linear on emulated tiles: checks linear_amx.h's indexing on machines without AMX. Slow; chosen by tests only.
-#include "linear_amx.h"
+// The AMX linear on emulated tiles: checks the indexing of linear_amx.h and linear_amx_folded.h on machines without
+// AMX. Slow; chosen by tests only.
+#include "linear_amx_folded.h"
 
 namespace nibble {
 namespace {
@@ -36,11 +37,11 @@ struct EmulatedTiles {
 }  // namespace
 
 int64_t linear_scratch_amx_emulated(const Weight& w, int64_t m) {
-  return amx_scratch(w, m);
+  return max64(amx_scratch(w, m), folded_scratch(w, m));
 }
 
 void linear_amx_emulated(const Linear& p, Range rows, Range panels, uint8_t* scratch) {
-  linear_tiles<EmulatedTiles>(p, rows, panels, scratch);
+  (folds(p) ? linear_folded<EmulatedTiles> : linear_tiles<EmulatedTiles>)(p, rows, panels, scratch);
 }
 
 }  // namespace nibble

@@ -31,9 +31,9 @@ __all__ = [
 
 # Best first.
 _CPU = ("amx", "avx512", "avx2", "scalar")
-# Two more can be packed for but are never chosen: AVX-512 as it runs on processors without its BF16 instructions, and
-# the AMX code on emulated tiles. Tests and comparisons use them.
-NAMES = (*_CPU, "reference", "avx512_without_bf16", "amx_emulated")
+# Three more can be packed for but are never chosen: AVX-512 as it runs on processors without its BF16 instructions, AMX
+# that keeps group scales for any number of tokens, and AMX on emulated tiles. Tests and comparisons use them.
+NAMES = (*_CPU, "reference", "avx512_without_bf16", "amx_grouped", "amx_emulated")
 # Compiled for CUDA devices. sm80 stands behind `reference` in the table, so that it runs only where ENGINE_BACKEND
 # names it, until it has passed its tests on such a device; sm90a passed on an H100 and on an H200.
 CUDA_NAMES = ("sm90a", "sm80")

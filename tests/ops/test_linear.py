@@ -46,6 +46,40 @@ def test_codes_are_equal_and_results_close(backend: str, case: Case, dtype: torc
         assert torch.equal(ops.svdq_linear(x, packed, mode), y)
 
 
+MANY = (Case(256, 24, 64, 0), Case(257, 33, 192, 16), Case(300, 400, 128, 32), Case(600, 80, 15360, 32))
+
+
+def folded_error(act: ops.schema.reference.QuantizedAct, weight: ops.CanonicalLinear) -> torch.Tensor:
+    """What 8-bit weights may add to `allowed_error`: half a step of each output (and 2^-7 of it) a code."""
+    step = weight.wscales.double().abs().amax(1) * (8 / 127)
+    return (act.codes.double().abs().sum(1) * act.scales.double())[:, None] * step * (0.5 + 2.0**-7)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_many_tokens(backend: str, case: Case, dtype: torch.dtype, threads):
+    """From 256 tokens on AMX multiplies by 8-bit weights into which it folds the group scales; the others do not."""
+    if backend in ("scalar", "amx_emulated"):
+        case = case._replace(k=min(case.k, 320))  # these are slow
+    weight, x = random_linear(case, dtype), tokens(case, dtype)
+    weight.wscales[0, 0] *= 50  # a group beside which its output's others are small
+    weight.wscales[-1, 0] = 0
+    weight.wscales[1] *= -1
+    packed = ops.pack(weight, backend, dtype)
+    act, wanted = expected(x, weight, "int8")
+    allowed = allowed_error(act, weight, wanted, dtype)
+    if backend in ("amx", "amx_emulated"):
+        allowed = allowed + folded_error(act, weight)
+    y = ops.svdq_linear(x, packed, "int8")
+    assert_close(y, wanted, allowed)
+    if backend == "reference":
+        return
+    for count in (1, 3):
+        threads(count)
+        assert torch.equal(ops.svdq_linear(x, packed, "int8"), y)
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strides", STRIDES)

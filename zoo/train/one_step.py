@@ -55,16 +55,14 @@ class Adversary:
         )
         self.smooth = config["smooth"]
 
-    def learn(self, real: torch.Tensor, fake: torch.Tensor, drawing: torch.Tensor) -> torch.Tensor:
-        """One step; all (B, 16, h, w), fake detached. Returns the hinge loss, 0-d."""
-        self.model.zero_grad()
-        near = real + 0.05 * torch.randn_like(real)
-        scores = self.critic(torch.cat([real, fake, near]), drawing.repeat(3, 1, 1, 1))
+    def work(self, b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Add the critic's gradient; "real", "fake", "drawing" and "noise", all (B, 16, h, w). The hinge loss, 0-d."""
+        near = b["real"] + 0.05 * b["noise"]
+        scores = self.critic(torch.cat([b["real"], b["fake"], near]), b["drawing"].repeat(3, 1, 1, 1))
         on_real, on_fake, on_near = scores.chunk(3)
         hinge = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
         (hinge + self.smooth * (on_real - on_near).square().mean()).backward()
-        self.model.step(1.0)
-        return hinge.detach()
+        return {"critic": hinge.detach()}
 
     def gradient(self, fake: torch.Tensor, drawing: torch.Tensor) -> torch.Tensor:
         """What would make `fake` (B, 16, h, w) look more real: the gradient of the loss by it."""
@@ -96,7 +94,7 @@ def gradient(
     wanted: torch.Tensor,
     pictures: torch.Tensor | None,
     pull: torch.Tensor | None,
-    parts: dict[str, float],
+    parts: dict[str, float | torch.Tensor],
     world: World,
 ) -> tuple[torch.Tensor, dict]:
     """The gradient to send back from x0 (B, 16, h, w), and the losses for the log.
@@ -119,7 +117,7 @@ def gradient(
     return total, terms
 
 
-def _scaled(g: torch.Tensor, like: torch.Tensor, part: float) -> torch.Tensor:
+def _scaled(g: torch.Tensor, like: torch.Tensor, part: float | torch.Tensor) -> torch.Tensor:
     return g * (part * like.norm() / g.norm().clamp(min=1e-12))
 
 

@@ -20,7 +20,7 @@ from diffusers import FluxPipeline
 from engine.models.sketch import GUIDANCE, sketch_to_image, to_lines
 from zoo import scenes
 from zoo.scenes.sheet import contact_sheet
-from zoo.train import adapt, control, dist, flow, lora, models, one_step, outliner, side, strokes, supply
+from zoo.train import adapt, control, dist, flow, lora, models, one_step, outliner, replay, side, strokes, supply
 from zoo.train.denoiser import blocks
 from zoo.train.graph import autocast, compiled
 from zoo.train.log import Meter, plot, unless_it_fails
@@ -114,15 +114,22 @@ def read(
 
 
 class Step:
-    """One step of the LoRA and, from the polish on, of its critic; returns the losses."""
+    """One step of the LoRA and, from the polish on, of its critic; returns the losses.
 
-    def __init__(
-        self, tuned: adapt.Tuned, cases: Cases, strength: torch.Tensor, config: dict, run: control.Run
-    ) -> None:
+    The LoRA's gradient, plain and polished, and the critic's are each recorded after a few calls (see `replay`): as
+    single kernels they would keep the device waiting for most of the time.
+    """
+
+    def __init__(self, tuned: adapt.Tuned, cases: Cases, strength: torch.Tensor, config: dict, run: control.Run,
+                 model: FlatModel) -> None:  # fmt: skip
         self.tuned, self.cases, self.strength, self.config, self.world = tuned, cases, strength, config, run.world
         self.generator = torch.Generator(run.world.device).manual_seed(run.args.seed * 1000 + run.world.rank)
         self.adversary = one_step.Adversary(config, run.world, run.args.seed)
         self.polished = 0
+        self.painted = one_step.square(torch.zeros_like(cases.picture.mean[: len(strength)], dtype=torch.float32))
+        records = config["capture"] and run.world.cuda
+        self.plain, self.polish = (replay.Replayed(self.work, model.grad, records) for _ in range(2))
+        self.learn = replay.Replayed(self.adversary.work, self.adversary.model.grad, records)
 
     def predict(self, b: dict[str, torch.Tensor], alpha: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """x_0 of a batch in packed latents, (B, N, 64) float32."""
@@ -132,29 +139,40 @@ class Step:
             v = self.tuned.joint.velocity(x, ones, b["states"].to(x.dtype), b["pooled"].to(x.dtype), GUIDANCE * ones)
         return x - v.float()
 
+    def work(self, b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Add the LoRA's gradient; with "pictures" in the batch pixels and the critic count too."""
+        self.strength.copy_(b["alpha"])
+        x0 = one_step.square(self.predict(b, self.strength, b["z"]))
+        self.painted.copy_(x0.detach())
+        pull = self.adversary.gradient(x0, one_step.square(b["drawing"])) if "pictures" in b else None
+        parts = {"pixel": self.config["pixel_part"], "critic": b.get("ramp", 1.0) * self.config["critic_part"]}
+        grad, terms = one_step.gradient(
+            self.tuned.parts.vae, x0, one_step.square(b["wanted"]), b.get("pictures"), pull, parts, self.world
+        )
+        x0.backward(grad)
+        return terms
+
     def __call__(self, progress: float) -> dict[str, torch.Tensor]:
         g, config = self.generator, self.config
         rows = torch.randint(len(self.cases.images), (config["batch"],), generator=g, device=g.device)
         b = self.cases.batch(rows, g)
-        self.strength.copy_(one_step.strengths(len(rows), g))
-        z = torch.randn(b["wanted"].shape, generator=g, device=g.device)
-        x0 = one_step.square(self.predict(b, self.strength, z))
-        polish = progress >= config["polish_from"]
-        pictures = self.cases.images[rows[: config["decoded"]]] if polish else None
-        pull, told = self.judge(x0, b) if polish and config["critic_part"] else (None, {})
-        ramp = min(1.0, self.polished / config["critic_warmup"])
-        parts = {"pixel": config["pixel_part"], "critic": ramp * config["critic_part"]}
-        grad, terms = one_step.gradient(
-            self.tuned.parts.vae, x0, one_step.square(b["wanted"]), pictures, pull, parts, self.world
-        )
-        x0.backward(grad)
-        return {**terms, **told}
-
-    def judge(self, x0: torch.Tensor, b: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+        real = b.pop("real")
+        b["alpha"] = one_step.strengths(len(rows), g)
+        b["z"] = torch.randn(b["wanted"].shape, generator=g, device=g.device)
+        if progress < config["polish_from"]:
+            return self.plain(b)
         self.polished += 1
-        drawing, fake = one_step.square(b["drawing"]), x0.detach()
-        hinge = self.adversary.learn(one_step.square(b["real"]), fake, drawing)
-        return self.adversary.gradient(fake, drawing), {"critic": hinge}
+        b["pictures"] = self.cases.images[rows[: config["decoded"]]]
+        b["ramp"] = torch.full((), min(1.0, self.polished / config["critic_warmup"]), device=g.device)
+        return {**self.polish(b), **self.judge(real, b["drawing"])}
+
+    def judge(self, real: torch.Tensor, drawing: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Let the critic learn from what was just painted."""
+        real, drawing = one_step.square(real), one_step.square(drawing)
+        noise = torch.randn(real.shape, generator=self.generator, device=real.device)
+        told = self.learn({"real": real, "fake": self.painted, "drawing": drawing, "noise": noise})
+        self.adversary.model.step(1.0)
+        return told
 
 
 def train(tuned: adapt.Tuned, cases: Cases, valid: Cases, run: control.Run, deadline: float) -> None:
@@ -170,17 +188,18 @@ def train(tuned: adapt.Tuned, cases: Cases, valid: Cases, run: control.Run, dead
         dict(tuned.parts.transformer.config), cases.picture.mean.shape[1], cases.states.shape[2]
     )
     meter = Meter(log, "sketch", config["batch"] * world.size, flops, world.device.type, world.size)
-    step, saved = Step(tuned, cases, strength, config, run), time.time()
-    with compiled(blocks(tuned.parts.transformer), config["compile"] and world.cuda) as attempt:
+    step, saved = Step(tuned, cases, strength, config, run, model), time.time()
+    networks = blocks(tuned.parts.transformer)
+    with replay.own_stream(world), compiled(networks, config["compile"] and world.cuda) as attempt:
         running = True
         while running:
-            model.zero_grad()
             terms = attempt(lambda: step(clock.progress), model.zero_grad)
             norm = model.step(clock.factor)
             ema.update()
             meter.add(**terms, norm=norm)
             running = clock.tick()
-            meter.report(force=not running, lr=round(config["lr"] * clock.factor, 7), progress=round(clock.progress, 3))
+            meter.report(force=not running, lr=round(config["lr"] * clock.factor, 7), progress=round(clock.progress, 3),
+                         recorded=int(step.plain.active) + int(step.polish.active))  # fmt: skip
             if world.chief and running and time.time() - saved > config["save_seconds"]:
                 saved = time.time()
                 with ema.swapped():
