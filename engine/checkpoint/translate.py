@@ -18,6 +18,7 @@ from engine.checkpoint.pieces import Piece, same_bits
 from engine.checkpoint.quantization import RECORDS, Quantization, read_quantization
 from engine.checkpoint.source import FACTORS, PublishedSource, Source
 from engine.checkpoint.writer import FileWriter, FolderWriter
+from engine.devices import pick_device
 from engine.errors import ArgumentError, CheckpointError
 
 __all__ = ["TARGETS", "Target", "convert"]
@@ -38,7 +39,7 @@ def convert(
     A `target` ending in .safetensors becomes one file, any other a folder: of shards for "canonical", the two-file
     pair for "nunchaku"; "nunchaku_lite" is always a folder. Nothing appears at `target` before it is whole.
     `progress` is told (layers done, layers in all). Raises CheckpointError when `source` cannot be read, or holds
-    something that `to` cannot; ArgumentError for a target that does not suit.
+    something that `to` cannot; ArgumentError for a target or a device that does not suit.
     """
     target = Path(target)
     if to not in TARGETS:
@@ -49,7 +50,7 @@ def convert(
         raise ArgumentError(f"target: {target} is the source itself; choose another name")
     if target.suffix == _SUFFIX and target.is_dir():
         raise ArgumentError(f"target: {target} is a folder; choose another name")
-    opened = open_checkpoint(source, device)
+    opened = open_checkpoint(source, pick_device(device))
     try:
         details = read_quantization(opened)
         tell = progress or (lambda *_: None)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.errors import ArgumentError
+from engine.errors import ArgumentError, CheckpointError
 from engine.lora.targets import Target
 from engine.lora.weights import Factors
 
@@ -84,10 +84,14 @@ def _joined(parts: Sequence[Tensor], dim: int, device: torch.device) -> Tensor |
 class NormSwap:
     """A norm weight that a LoRA replaces; there is no half-way, so any strength but 0 uses the new one."""
 
-    def __init__(self, module: nn.Module, index: int, value: Tensor) -> None:
+    def __init__(self, name: str, module: nn.Module, index: int, value: Tensor) -> None:
         self._module, self._index = module, index
         self._original = module.weight
         like = module.weight.detach()  # pyright: ignore[reportCallIssue]
+        if value.shape != like.shape:
+            raise CheckpointError(
+                f"{name} has {like.numel()} weights, but its LoRA {value.numel()}; it was made for another model"
+            )
         self._new = nn.Parameter(value.to(like.device, like.dtype), requires_grad=False)
 
     def apply(self, strengths: Sequence[float]) -> None:

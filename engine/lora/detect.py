@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from engine.errors import CheckpointError
+from engine.lora.names import is_foreign
 
 __all__ = ["FORMATS", "LoraFormat", "detect_format", "refuse_other_kinds"]
 
@@ -25,6 +26,7 @@ _OTHER_KINDS = {
     "lokr_": f"a LoKr (Kronecker product), {_NOT_LOW_RANK}",
     "hada_": f"a LoHa (Hadamard product), {_NOT_LOW_RANK}",
     "oft_": "an OFT (orthogonal transform), which changes the 4-bit weights themselves",
+    "lora_mid.": "a LoCon in Tucker form, with a third factor between the two of a LoRA",
     "dora_scale": _DORA,
     "lora_magnitude_vector": _DORA,
 }
@@ -53,8 +55,10 @@ def detect_format(keys: Iterable[str]) -> LoraFormat:
 
 
 def refuse_other_kinds(keys: Iterable[str]) -> None:
-    """Raise CheckpointError, saying so, when the file is a LoKr, LoHa, OFT or DoRA."""
+    """Raise CheckpointError, saying so, when the file holds a LoKr, LoHa, OFT or DoRA of a transformer."""
     for key in keys:
+        if is_foreign(key):
+            continue
         for mark, what in _OTHER_KINDS.items():
             if mark in key:
                 raise CheckpointError(

@@ -153,10 +153,10 @@ class _Bank:
         return self.loras[name]
 
     def unmatched(self, weights: LoraWeights) -> list[str]:
-        """Modules of a LoRA that this model does not have."""
+        """Modules of a LoRA that this model does not have, and keys of its file that say nothing to us."""
         matched = {name for target in self._targets for name in target.sources(weights)}
-        matched |= {name for name in weights.norms if _module(self._transformer, name) is not None}
-        return [name for name in weights.modules if name not in matched]
+        matched |= {name for name in weights.norms if _normed(self._transformer, name) is not None}
+        return [*(name for name in weights.modules if name not in matched), *weights.unknown]
 
     def rebuild(self) -> None:
         """Bring every layer in line with the list of LoRAs."""
@@ -177,8 +177,8 @@ class _Bank:
         self._make_biases(biased)
         for index, lora in enumerate(loras):
             for name, value in lora.norms.items():
-                if (module := _module(self._transformer, name)) is not None:
-                    self._norms.append(NormSwap(module, index, value))
+                if (module := _normed(self._transformer, name)) is not None:
+                    self._norms.append(NormSwap(name, module, index, value))
         self.apply_strengths()
 
     def apply_strengths(self) -> None:
@@ -260,11 +260,13 @@ def _bank(transformer: nn.Module) -> _Bank:
     return getattr(transformer, _BANK)
 
 
-def _module(model: nn.Module, name: str) -> nn.Module | None:
+def _normed(model: nn.Module, name: str) -> nn.Module | None:
+    """The norm called `name`, None where the model has none with weights."""
     try:
-        return model.get_submodule(name)
+        found = model.get_submodule(name)
     except AttributeError:
         return None
+    return found if isinstance(getattr(found, "weight", None), Tensor) else None
 
 
 def _read(path: str | Path, transformer: nn.Module) -> LoraWeights:
