@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import exact, nunchaku, nunchaku_flux, nunchaku_lite, t5
+from engine.checkpoint.canonical import CanonicalSource
 from engine.checkpoint.exact import Exact
 from engine.checkpoint.files import replacing
 from engine.checkpoint.layouts import open_checkpoint
@@ -54,6 +55,8 @@ def convert(
     try:
         details = read_quantization(opened)
         tell = progress or (lambda *_: None)
+        if isinstance(opened, CanonicalSource):
+            _refuse_strangers(opened, details)
         if to == "canonical":
             _write_canonical(opened, target, tell)
         elif details.model_class == t5.MODEL_CLASS:
@@ -107,7 +110,6 @@ def _write_nunchaku(source: Source, details: Quantization, target: Path, tell: P
             " hold; write nunchaku_lite, or quantize without --keep"
         )
     layers = nunchaku.pieces_for(details.model_class, details.config, details.weight, details.rank, list(source))
-    _refuse_leftovers(source, layers)
     metadata = nunchaku.metadata(details, source.metadata.get("comfy_config"))
     if target.suffix == _SUFFIX:
         _write_file(source, layers, target, nunchaku.LAYOUT, metadata, tell)
@@ -227,10 +229,15 @@ def _same_layer(back: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bo
     return True
 
 
-def _refuse_leftovers(source: Source, layers: Sequence[Piece]) -> None:
+def _refuse_strangers(source: Source, details: Quantization) -> None:
+    """Raise CheckpointError for a tensor that no layer of the model has, as far as the model's layers are known here."""
+    if details.keep or details.model_class not in nunchaku.CLASSES:
+        return
+    try:
+        layers = nunchaku.pieces_for(details.model_class, details.config, details.weight, details.rank, list(source))
+    except (KeyError, TypeError, ValueError):  # a width or a configuration that only loading or nunchaku_lite takes
+        return
     known = {name for piece in layers for name in (*piece.canonical(), *piece.optional())}
     extra = sorted(name for name in source if name not in known and not name.startswith(RECORDS))
     if extra:
-        raise CheckpointError(
-            f"{source.path}: {extra[0]} has no place in nunchaku's layout ({len(extra)} such tensors)"
-        )
+        raise CheckpointError(f"{source.path}: {extra[0]} is of no layer of this model ({len(extra)} such tensors)")

@@ -64,6 +64,9 @@ class DenseMerge:
 
     def restore(self) -> None:
         """Put the original parameters back."""
+        _follow(self._weight, self._layer.weight)
+        if self._bias is not None:
+            _follow(self._bias, self._layer.weight)
         self._layer.weight, self._layer.bias = self._weight, self._bias
         self._set_width(self._width)
 
@@ -75,6 +78,11 @@ class DenseMerge:
         if hasattr(model, "register_to_config"):
             # Pipelines ask the config how many channels to prepare.
             model.register_to_config(in_channels=width)
+
+
+def _follow(parameter: nn.Parameter, like: Tensor) -> None:
+    """The model may have gone to another device meanwhile, and this parameter was not in it."""
+    parameter.data = parameter.data.to(like.device)
 
 
 def _joined(parts: Sequence[Tensor], dim: int, device: torch.device) -> Tensor | None:
@@ -96,8 +104,11 @@ class NormSwap:
 
     def apply(self, strengths: Sequence[float]) -> None:
         """Use the new weight or the original one."""
-        self._module.weight = self._new if strengths[self._index] else self._original
+        wanted = self._new if strengths[self._index] else self._original
+        _follow(wanted, self._module.weight)  # pyright: ignore[reportArgumentType]
+        self._module.weight = wanted
 
     def restore(self) -> None:
         """Put the original parameter back."""
+        _follow(self._original, self._module.weight)  # pyright: ignore[reportArgumentType]
         self._module.weight = self._original

@@ -156,7 +156,8 @@ def _base(piece: SvdqPiece, source: Source) -> Factors | None:
     up = source[f"{piece.parts[0].name}.lora_up"].new_zeros((piece.n, piece.rank))
     for part in piece.parts:
         up[part.rows] = source[f"{part.name}.lora_up"]
-    return Factors(source[f"{piece.parts[0].name}.lora_down"], up)
+    # A loaded model's layer may be wider: inputs are filled up to whole groups of scales.
+    return Factors(source[f"{piece.parts[0].name}.lora_down"][:, : piece.width], up)
 
 
 def _equalize(found: dict[str, Factors], pieces: Mapping[str, SvdqPiece], source: Source) -> None:

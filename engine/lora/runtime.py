@@ -183,6 +183,9 @@ class _Bank:
 
     def apply_strengths(self) -> None:
         """Make the strengths of the list those that the layers use."""
+        if self._has_moved():
+            self.rebuild()
+            return
         strengths = [lora.strength for lora in self.loras.values()]
         if self._scales.numel():
             self._table.copy_(torch.tensor([1.0, *strengths]))
@@ -195,6 +198,11 @@ class _Bank:
         for swap in self._norms:
             swap.apply(strengths)
             forget(self._transformer)  # not a change in place
+
+    def _has_moved(self) -> bool:
+        """Whether the model went to another device since its layers were given slices of tensors here."""
+        changed, tensors = (self._extended, self._scales) if self._extended else (self._biased, self._bias_table)
+        return bool(changed) and next(changed[0].buffers()).device != tensors.device
 
     def _restore(self) -> None:
         for layer in self._extended:
