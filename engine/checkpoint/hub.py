@@ -84,6 +84,7 @@ def _choose(repository: str, files: Sequence[str]) -> str:
 @contextlib.contextmanager
 def _explained(repository: str, file: str) -> Iterator[None]:
     """Turn the ways a download can fail into one sentence."""
+    place = f"{repository}/{file}" if file else repository
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -100,25 +101,25 @@ def _explained(repository: str, file: str) -> Iterator[None]:
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"{repository}: no such repository on the hub, or it is private; check the name, or log in with"
-            " `hf auth login`"
+            f"{place}: not on this machine, and {repository} is no repository of the hub, or a private one; check the"
+            " name, or log in with `hf auth login`"
         ) from error
     except HFValidationError as error:
         raise ModelError(f"{repository}: not a name the hub allows ({_first_line(error)})") from error
     except LocalEntryNotFoundError as error:
-        raise ModelError(_unreachable(repository, error)) from error
+        raise ModelError(_unreachable(place, error)) from error
     except EntryNotFoundError as error:
         raise ModelError(f"{repository} is on the hub, but has no file {file!r}; check its file list") from error
     except EngineError:
         raise
     except Exception as error:  # connection errors are those of whichever HTTP library the hub's client uses
-        raise ModelError(_unreachable(repository, error)) from error
+        raise ModelError(_unreachable(place, error)) from error
 
 
-def _unreachable(repository: str, error: BaseException) -> str:
+def _unreachable(place: str, error: BaseException) -> str:
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return (
-        f"{repository}: not on this machine and the hub does not answer{offline}: {_first_line(error)}."
+        f"{place}: not on this machine and the hub does not answer{offline}: {_first_line(error)}."
         " Connect once to download it, or give a local file or folder"
     )
 

@@ -64,7 +64,9 @@ def _files(path: str | Path, device: str | torch.device = "cpu") -> TensorFiles:
     pair = [path / name for name in (nunchaku.LEGACY_BLOCKS, nunchaku.LEGACY_REST)]
     missing = [file.name for file in pair if not file.is_file()]
     if len(missing) == 1:
-        raise CheckpointError(f"{path}: {missing[0]} is missing, the other half of a two-file checkpoint; fetch it again")
+        raise CheckpointError(
+            f"{path}: {missing[0]} is missing, the other half of a two-file checkpoint; fetch it again"
+        )
     return TensorFiles(path, device, None if missing else pair)
 
 

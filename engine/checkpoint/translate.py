@@ -230,7 +230,7 @@ def _same_layer(back: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bo
 
 
 def _refuse_strangers(source: Source, details: Quantization) -> None:
-    """Raise CheckpointError for a tensor that no layer of the model has, as far as the model's layers are known here."""
+    """Raise CheckpointError for a tensor that no layer of the model has, as far as its layers are known here."""
     if details.keep or details.model_class not in nunchaku.CLASSES:
         return
     try:

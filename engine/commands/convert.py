@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m engine.convert", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="SRC", help="checkpoint: file, folder or owner/repo/file.safetensors on the hub")
+    parser.add_argument(
+        "source", metavar="SRC", help="checkpoint: file, folder or owner/repo/file.safetensors on the hub"
+    )
     parser.add_argument("target", metavar="DST", help="file or folder to write")
     parser.add_argument("--to", required=True, choices=("canonical", "nunchaku", "nunchaku_lite"), help="layout of DST")
     parser.add_argument("--device", default="cpu", help="where layers are re-tiled, for example cuda (default: cpu)")

@@ -42,7 +42,9 @@ def convert_lora(
         tensors, unmatched = to_runtime(lora, source)
     named = "the LoRA" if isinstance(lora_path, LoraWeights) else lora_path
     if not tensors:
-        raise CheckpointError(f"{named}: none of its modules is in the model: {_some(unmatched)}; it is for another model")
+        raise CheckpointError(
+            f"{named}: none of its modules is in the model: {_some(unmatched)}; it is for another model"
+        )
     if unmatched and strict:
         raise CheckpointError(
             f"{named}: {len(unmatched)} of its modules match nothing in the model: {_some(unmatched)}"

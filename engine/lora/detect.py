@@ -36,6 +36,8 @@ _RUNTIME_MARKS = (".mlp_fc", ".mlp_context_fc", ".qkv_proj", ".out_proj")
 def detect_format(keys: Iterable[str]) -> LoraFormat:
     """Tell the format; raises CheckpointError for kinds of adapters that are no plain LoRA, and for no LoRA at all."""
     keys = list(keys)
+    if any(key.endswith(".qweight") for key in keys):
+        raise CheckpointError("expected a LoRA, found a 4-bit checkpoint; open it with engine.checkpoint")
     refuse_other_kinds(keys)
     if any(mark in key for key in keys for mark in _RUNTIME_MARKS):
         return "nunchaku"
