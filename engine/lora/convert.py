@@ -34,8 +34,8 @@ def convert_lora(
 ) -> list[str]:
     """Write the LoRA at `lora_path`, joined with the low-rank factors of the checkpoint `quant_path`, to `target`.
 
-    `form` is "auto", "diffusers", "comfyui" or "xlabs". Returns the modules (and unknown keys) that match nothing, which
-    are an error unless `strict` is off. Raises CheckpointError when a file cannot be read or does not fit the other.
+    `form` is "auto", "diffusers", "comfyui" or "xlabs". Returns the modules and unknown keys that match nothing,
+    which are an error unless `strict` is off. Raises CheckpointError when a file cannot be read or does not fit the other.
     """
     lora = lora_path if isinstance(lora_path, LoraWeights) else read_as(lora_path, form)
     with closing(open_checkpoint(quant_path)) as source:
@@ -56,7 +56,7 @@ def convert_lora(
 
 
 def read_as(path: str | Path, form: str = "auto") -> LoraWeights:
-    """Read the LoRA at `path`, which must be in the format `form` as `convert_lora` names it, or raise CheckpointError."""
+    """Read the LoRA at `path`, in the format `form` as `convert_lora` names it; raises CheckpointError otherwise."""
     with TensorFiles(path) as files:
         found = detect_format(files)
     if form != "auto" and found not in _MEANT[form]:

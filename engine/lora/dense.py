@@ -80,7 +80,7 @@ class DenseMerge:
             model.register_to_config(in_channels=width)
 
 
-def _follow(parameter: nn.Parameter, like: Tensor) -> None:
+def _follow(parameter: Tensor, like: Tensor) -> None:
     """The model may have gone to another device meanwhile, and this parameter was not in it."""
     parameter.data = parameter.data.to(like.device)
 

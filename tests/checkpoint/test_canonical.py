@@ -74,14 +74,19 @@ CASES = [
 ]
 
 
+def use(path: Path, out: Path, to: str | None) -> None:
+    """Convert, or load for None."""
+    if to is None:
+        SVDQuantFluxTransformer.from_pretrained(path, device="cpu")
+    else:
+        convert(path, out, to)  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize(("to", "change", "sentence"), CASES)
 def test_what_is_wrong_is_named(canonical: Path, tmp_path: Path, to: str | None, change: Change, sentence: str):
     path = damaged(canonical, tmp_path, change)
     with pytest.raises(CheckpointError, match=sentence):
-        if to is None:
-            SVDQuantFluxTransformer.from_pretrained(path, device="cpu")
-        else:
-            convert(path, tmp_path / "out", to)  # pyright: ignore[reportArgumentType]
+        use(path, tmp_path / "out", to)
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import diffusers.utils
 import pytest
@@ -42,10 +43,10 @@ def test_names_shapes_and_types_are_those_of_diffusers(
     config = json.loads((tmp_path / "lite" / "config.json").read_text())
     section = config.pop("quantization_config")
     assert section.pop("quant_method") == "nunchaku_lite"
-    details = NunchakuLiteQuantizationConfig.from_dict(section)
+    details: Any = NunchakuLiteQuantizationConfig.from_dict(section)
     assert details.compute_dtype == dtype
     with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(config)
+        model: Any = FluxTransformer2DModel.from_config(config)
     loader.replace_with_nunchaku_linear(model, details.to_dict(), details.compute_dtype)
     stored = load_file(tmp_path / "lite" / "diffusion_pytorch_model.safetensors")
     loader.check_strict_state_dict_match(model, stored)
