@@ -35,7 +35,8 @@ def convert_lora(
     """Write the LoRA at `lora_path`, joined with the low-rank factors of the checkpoint `quant_path`, to `target`.
 
     `form` is "auto", "diffusers", "comfyui" or "xlabs". Returns the modules and unknown keys that match nothing,
-    which are an error unless `strict` is off. Raises CheckpointError when a file cannot be read or does not fit the other.
+    which are an error unless `strict` is off. Raises CheckpointError when a file cannot be read or does not fit the
+    other.
     """
     lora = lora_path if isinstance(lora_path, LoraWeights) else read_as(lora_path, form)
     with closing(open_checkpoint(quant_path)) as source:
