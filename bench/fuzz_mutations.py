@@ -179,7 +179,8 @@ def _dtype(header: dict[str, Any], rng: random.Random) -> None:
 
 def _offsets(header: dict[str, Any], rng: random.Random) -> None:
     entry, other = _some(header, rng), _some(header, rng)
-    begin, end = entry["data_offsets"] if len(entry.get("data_offsets") or ()) == 2 else (0, 0)
+    old = entry.get("data_offsets")
+    begin, end = old if isinstance(old, list) and len(old) == 2 else (0, 0)
     wide = [rng.choice(WIDE), [end, begin], [begin, 2**62], [begin + 1, end + 1], [begin, end + 2], [-1, end]]
     entry["data_offsets"] = rng.choice([*wide, other.get("data_offsets"), [rng.choice(WIDE), rng.choice(WIDE)]])
 

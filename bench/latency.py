@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print the table, write the files; returns the exit status."""
     from bench.evaluation.machine import machine, write_json, write_text
     from engine import EngineError
-    from engine.generate import pick_device
+    from engine.devices import pick_device
 
     options = _parser().parse_args(arguments)
     try:

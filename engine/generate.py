@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from engine import graphs, ops
+from engine.devices import pick_device
 from engine.errors import ArgumentError, Cancelled
 from engine.linear import resolve_activation
 from engine.memory import PeakMeter, module_bytes
@@ -24,29 +25,11 @@ from engine.models.families import runner
 from engine.preview import Watch
 from engine.request import Request, Result, Step
 
-__all__ = ["Engine", "pick_device"]
+__all__ = ["Engine"]
 
 OnStep = Callable[[Step], None]
 ShouldStop = Callable[[], bool]
 Progress = Callable[[str], None]
-
-
-def pick_device(device: str = "auto") -> torch.device:
-    """Turn "auto" into CUDA where a GPU answers, else the CPU; check any other name.
-
-    Raises ArgumentError when the device does not exist here.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ArgumentError(f"device: expected auto, cpu or cuda[:index], got {device!r}") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise ArgumentError(f"device: expected auto, cpu or cuda[:index], got {device!r}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"device: {device} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
-    return chosen
 
 
 class Engine:

@@ -53,7 +53,7 @@ class SVDQuantLinear(nn.Module):
         self.activation = activation
         self.dtype = dtype
         self.unsigned_input = unsigned_input
-        self.mode, backend = self._mode_on(backend)
+        self.mode, self._wanted = self._mode_on(backend)
         if self.mode == "uint4":
             linear = fold_gelu_shift(linear)
         self.own_rank = linear.rank
@@ -62,7 +62,7 @@ class SVDQuantLinear(nn.Module):
         # The smooth factor that was divided out of the rows of V instead of here (engine.checkpoint.folding).
         self.folded_smooth: Tensor | None = None
         self.gelu = False
-        self._hold(ops.pack(linear, backend, dtype))
+        self._hold(ops.pack(linear, self._wanted, dtype))
 
     def _mode_on(self, backend: str) -> tuple[str, str]:
         """The activation mode, and the backend that offers it: `backend`, or `reference` where it does not."""
@@ -80,12 +80,12 @@ class SVDQuantLinear(nn.Module):
 
     def multiply(self, act: ops.QuantizedAct, dtype: torch.dtype) -> Tensor:
         """What `forward` does after quantizing: tokens (M, K) of ops.quantize_act or norm_quantize -> y (M, N)."""
-        plain = self.branch_scale is None and self.bias_delta is None
         if self.branch_scale is not None:
             act = act._replace(low_rank=(act.low_rank * self.branch_scale).to(act.low_rank.dtype))
-        y = ops.linear(act, self.packed, dtype, self.gelu and plain)
-        y = y if self.bias_delta is None else y + self.bias_delta
-        return F.gelu(y, approximate="tanh") if self.gelu and not plain else y
+        if self.bias_delta is None:
+            return ops.linear(act, self.packed, dtype, self.gelu)
+        y = ops.linear(act, self.packed, dtype) + self.bias_delta
+        return F.gelu(y, approximate="tanh") if self.gelu else y
 
     def extend_branch(self, down: Tensor | None, up: Tensor | None, scale: Tensor | None) -> None:
         """Put more ranks (LoRAs) beside the layer's own: down (R', K), up (N, R'), R' a multiple of 16.
@@ -104,7 +104,8 @@ class SVDQuantLinear(nn.Module):
                 "lora_down": torch.cat((factors["lora_down"], new_down)) if own else new_down,  # pyright: ignore[reportArgumentType]
                 "lora_up": torch.cat((factors["lora_up"], new_up), 1) if own else new_up,  # pyright: ignore[reportArgumentType]
             }
-        self._hold(ops.pack(replace(linear, **factors), self.packed.backend, self.packed.dtype))
+        # Not the present backend: with other factors the layer may have to leave the wanted one, or come back to it.
+        self._hold(ops.pack(replace(linear, **factors), self._wanted, self.packed.dtype))
         self.branch_scale = scale
 
     @property
@@ -130,8 +131,10 @@ class SVDQuantLinear(nn.Module):
         if device != probe.device:
             canonical = ops.unpack(self.packed)
             moved = {name: value.to(device) for name, value in vars(canonical).items() if isinstance(value, Tensor)}
-            self.mode, backend = self._mode_on(ops.backends.select(device).name)
-            self._hold(ops.pack(replace(canonical, **moved), backend, self.dtype))
+            self.mode, self._wanted = self._mode_on(ops.backends.select(device).name)
+            self._hold(ops.pack(replace(canonical, **moved), self._wanted, self.dtype))
+            self.branch_scale = None if self.branch_scale is None else self.branch_scale.to(device)
+            self.bias_delta = None if self.bias_delta is None else self.bias_delta.to(device)
         return self
 
 
@@ -182,6 +185,10 @@ class AWQLinear(nn.Module):
             canonical = ops.unpack_awq(self.packed)
             moved = {name: value.to(device) for name, value in vars(canonical).items() if isinstance(value, Tensor)}
             self._hold(ops.pack_awq(replace(canonical, **moved), ops.backends.select(device).name, self.dtype))
+            if self.branch is not None:
+                down, up, scale = self.branch
+                self.branch = (down.to(device), up.to(device), scale.to(device))
+            self.bias_delta = None if self.bias_delta is None else self.bias_delta.to(device)
         return self
 
 

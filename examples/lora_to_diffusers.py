@@ -28,7 +28,7 @@ def main() -> None:
     save_file(whole.tensors(), options.out)
     for name, (down, up) in sorted(whole.factors.items()):
         print(f"{name:60} rank {down.shape[0]:4} {down.shape[1]} -> {up.shape[0]}")
-    for key in whole.left_out:
+    for key in [*whole.left_out, *whole.unknown]:
         print(f"left out: {key}")
 
 

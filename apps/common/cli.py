@@ -217,7 +217,7 @@ def precisions_of(spec: ModelSpec, asked: Sequence[str] | None) -> tuple[str, ..
 
 def _check_device(device: str) -> None:
     if device not in ("auto", "cpu"):
-        from engine.generate import pick_device
+        from engine.devices import pick_device
 
         pick_device(device)
 

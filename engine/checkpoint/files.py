@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -26,15 +26,17 @@ _CHUNK = 2**21
 
 
 class TensorFiles:
-    """The tensors of one `.safetensors` file, or of a folder of them, read one at a time.
+    """The tensors of one `.safetensors` file, or of a folder of them (or those `only`), read one at a time.
 
     Raises CheckpointError when `path` is missing, is not safetensors, is truncated or lacks a listed shard.
     """
 
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, path: str | Path, device: str | torch.device = "cpu", only: Sequence[Path] | None = None
+    ) -> None:
         self.path = Path(path)
         self._device = str(device)
-        self._handles = [(file, _open(file, self._device)) for file in _files(self.path)]
+        self._handles = [(file, _open(file, self._device)) for file in only or _files(self.path)]
         self._where: dict[str, Any] = {}
         for file, handle in self._handles:
             names = handle.keys()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from engine.errors import CheckpointError, ModelError
+from engine.errors import CheckpointError, EngineError, ModelError
 
 __all__ = ["resolve", "subfolder"]
 
@@ -53,10 +53,16 @@ def _patterns(repository: str) -> list[str]:
     """What to download of a repository without a file name: the only checkpoint, or the folder it is."""
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     if HF_HUB_OFFLINE:
         return _FOLDER_FILES
-    files = HfApi().list_repo_files(repository)
+    try:
+        files = HfApi().list_repo_files(repository)
+    except (HFValidationError, RepositoryNotFoundError):
+        raise
+    except Exception:  # of whichever HTTP library it uses: nobody answers, but what was downloaded before may do
+        return _FOLDER_FILES
     singles = [name for name in files if name.startswith(("svdq-", "awq-")) and name.endswith(".safetensors")]
     if len(singles) > 1:
         raise ModelError(_choose(repository, singles))
@@ -78,6 +84,7 @@ def _choose(repository: str, files: Sequence[str]) -> str:
 @contextlib.contextmanager
 def _explained(repository: str, file: str) -> Iterator[None]:
     """Turn the ways a download can fail into one sentence."""
+    place = f"{repository}/{file}" if file else repository
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -93,22 +100,26 @@ def _explained(repository: str, file: str) -> Iterator[None]:
             f"{repository} is gated: accept its licence on its page, then log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"{repository}: no such repository on the hub, or it is private; check the name") from error
+        raise ModelError(
+            f"{place}: not on this machine, and {repository} is no repository of the hub, or a private one; check the"
+            " name, or log in with `hf auth login`"
+        ) from error
     except HFValidationError as error:
         raise ModelError(f"{repository}: not a name the hub allows ({_first_line(error)})") from error
     except LocalEntryNotFoundError as error:
-        raise ModelError(_unreachable(repository, error)) from error
+        raise ModelError(_unreachable(place, error)) from error
     except EntryNotFoundError as error:
         raise ModelError(f"{repository} is on the hub, but has no file {file!r}; check its file list") from error
-    except (OSError, RuntimeError) as error:
-        # Every hub and connection error is one of these two.
-        raise ModelError(_unreachable(repository, error)) from error
+    except EngineError:
+        raise
+    except Exception as error:  # connection errors are those of whichever HTTP library the hub's client uses
+        raise ModelError(_unreachable(place, error)) from error
 
 
-def _unreachable(repository: str, error: BaseException) -> str:
+def _unreachable(place: str, error: BaseException) -> str:
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return (
-        f"{repository}: not on this machine and the hub does not answer{offline}: {_first_line(error)}."
+        f"{place}: not on this machine and the hub does not answer{offline}: {_first_line(error)}."
         " Connect once to download it, or give a local file or folder"
     )
 

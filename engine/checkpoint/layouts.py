@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from engine.checkpoint import nunchaku, nunchaku_lite, t5
+from engine.checkpoint.canonical import CanonicalSource
 from engine.checkpoint.files import TensorFiles
 from engine.checkpoint.quantization import FORMAT, check_sizes, read_quantization
 from engine.checkpoint.source import Source
@@ -38,7 +39,7 @@ def detect(path: str | Path) -> Layout:
 
     Raises CheckpointError when it is none that is known, or no whole safetensors file.
     """
-    with TensorFiles(path) as files:
+    with _files(path) as files:
         return _detect(files)
 
 
@@ -47,7 +48,7 @@ def open_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Sou
 
     Close it when done. Raises CheckpointError as `detect` does, and when names, shapes or dtypes are wrong.
     """
-    files = TensorFiles(path, device)
+    files = _files(path, device)
     try:
         source = _as_canonical(files, _detect(files))
         check_sizes(files.path, read_quantization(source).config, len(files))
@@ -57,9 +58,21 @@ def open_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Sou
         raise
 
 
+def _files(path: str | Path, device: str | torch.device = "cpu") -> TensorFiles:
+    """The files of a checkpoint: of a legacy folder the pair, whatever else lies there."""
+    path = Path(path)
+    pair = [path / name for name in (nunchaku.LEGACY_BLOCKS, nunchaku.LEGACY_REST)]
+    missing = [file.name for file in pair if not file.is_file()]
+    if len(missing) == 1:
+        raise CheckpointError(
+            f"{path}: {missing[0]} is missing, the other half of a two-file checkpoint; fetch it again"
+        )
+    return TensorFiles(path, device, None if missing else pair)
+
+
 def _as_canonical(files: TensorFiles, layout: Layout) -> Source:
     if layout.kind == "canonical":
-        return files
+        return CanonicalSource(files)
     if layout.kind == "nunchaku_lite":
         return nunchaku_lite.open_source(files)
     if layout.kind == "t5_awq":
@@ -91,6 +104,8 @@ def _refuse_half(files: TensorFiles) -> None:
 
 def _other(files: TensorFiles, names: list[str]) -> str:
     """Say what the file is instead."""
+    if files.path.name == nunchaku.LEGACY_REST:
+        return "half of a two-file checkpoint; give the folder that holds both files"
     named = files.metadata.get("model_class")
     if named and any(name.endswith(".qweight") for name in names):
         return f"a 4-bit checkpoint of {json.dumps(named)}, which is not among the models read here (FLUX.1, SANA, T5)"

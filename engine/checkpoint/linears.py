@@ -200,7 +200,7 @@ class SvdqPiece:
                 plain[part] = packing.unpack_vector(get[part])[:size]
         if "smooth_orig" in plain and same_bits(plain["smooth_orig"], plain["smooth"]):
             del plain["smooth_orig"]
-        if "lora_down" in get:
+        if "lora_down" in get and self.rank:
             plain["lora_down"] = packing.unpack_lora_down(get["lora_down"])[: self.rank, :width]
             plain["lora_up"] = packing.unpack_lora_up(get["lora_up"])[:n, : self.rank]
         if "wtscale" in get:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.linears import GROUPS, Part, SvdqPiece
-from engine.checkpoint.pieces import FLOATS, Stored, Tensors, same_bits, take
+from engine.checkpoint.pieces import FLOAT16, FLOATS, Stored, Tensors, same_bits, take
 from engine.errors import CheckpointError
 
 __all__ = ["LITE_NAMES", "DenseProjOutPiece", "LiteSvdqPiece", "ProjOutPiece"]
@@ -28,11 +28,17 @@ LITE_NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True, eq=False)
 class LiteSvdqPiece(SvdqPiece):
-    """As SvdqPiece, except that nvfp4 layers always carry both wtscale and wcscales, ones if need be."""
+    """As SvdqPiece, except that nvfp4 layers always carry both wtscale and wcscales, ones if need be.
+
+    Of rank 0 the factors are there too, without elements: diffusers asks for them.
+    """
 
     def stored(self) -> dict[str, Stored]:
-        shapes = super().stored()
-        return {name: replace(stored, required=True) for name, stored in shapes.items()}
+        shapes = {name: replace(stored, required=True) for name, stored in super().stored().items()}
+        if not (self.stored_rank or self.rank):
+            for part, size in (("lora_down", self.k), ("lora_up", self.n)):
+                shapes[self._name(part)] = Stored((size, 0), FLOAT16, required=False)
+        return shapes
 
     def present(self, small: Tensors) -> set[str]:
         if self.precision == "int4":
@@ -50,8 +56,12 @@ class LiteSvdqPiece(SvdqPiece):
 
     def encode(self, tensors: Tensors) -> dict[str, Tensor]:
         stored = super().encode(tensors)
+        smooth = stored[self._name("smooth")]
+        if not (self.stored_rank or self.rank):
+            stored |= {self._name("lora_down"): smooth.new_empty(self.k, 0)}
+            stored |= {self._name("lora_up"): smooth.new_empty(self.n, 0)}
         if self.precision == "nvfp4":
-            kind = stored[f"{self.prefix}.smooth_factor"].dtype
+            kind = smooth.dtype
             for part, size in (("wtscale", 1), ("wcscales", self.n)):
                 value = stored.get(f"{self.prefix}.{part}", torch.ones(size))
                 stored[f"{self.prefix}.{part}"] = value.to(kind)

@@ -28,6 +28,7 @@ CLASSES: Mapping[str, str] = {
 _ACTIVATION = {"int4": "int4", "nvfp4": "fp4_e2m1_all"}
 _DEFAULT_RANK = 32
 _MAX_SIZE = 2**20
+_SIZES = ("_dim", "_heads", "_channels", "_layers", "patch_size")
 _PAG_LAYER = re.compile(r"(?:^|\.)transformer_blocks\.(\d{1,4})\.\w+\.pag_to_v\.")
 
 
@@ -48,8 +49,8 @@ def open_source(files: TensorFiles, model_class: str) -> PublishedSource:
         raise CheckpointError(f"{files.path}: its model config is incomplete or damaged ({error!r})") from error
     details = Quantization(model_class, config, precision, GROUPS[precision], rank)
     canonical = details.metadata()
-    if "comfy_config" in files.metadata:
-        canonical["comfy_config"] = files.metadata["comfy_config"]
+    if comfy := _comfy_config_of(files):
+        canonical["comfy_config"] = comfy
     return PublishedSource(files, layers, canonical, LAYOUT, exact.read(files))
 
 
@@ -92,6 +93,14 @@ def metadata(details: Quantization, comfy_config: str | None = None) -> dict[str
         "model_class": CLASSES[details.model_class],
         "quantization_config": json.dumps(quantization),
     }
+
+
+def _comfy_config_of(files: TensorFiles) -> str | None:
+    """What the checkpoint tells ComfyUI, word for word."""
+    beside = files.path / "comfy_config.json"
+    if not beside.is_file():
+        return files.metadata.get("comfy_config")
+    return beside.read_text(encoding="utf-8", errors="replace").rstrip("\n")
 
 
 def _comfy_config(details: Quantization) -> dict[str, Any]:
@@ -185,6 +194,9 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
         if key.startswith("num_") and not (isinstance(value, int) and 0 <= value <= 4096):
             raise ValueError(f"{key} = {value!r}")
         if isinstance(value, int | float) and not abs(value) <= _MAX_SIZE:
+            raise ValueError(f"{key} = {value!r}")
+        # Some arithmetic with sizes would work on texts and lists too.
+        if key.endswith(_SIZES) and not (value is None or isinstance(value, int)):
             raise ValueError(f"{key} = {value!r}")
     width = config["num_attention_heads"] * config["attention_head_dim"]
     if width % 32 or not 0 < width * max(1, config.get("mlp_ratio") or 1) <= _MAX_SIZE:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.checkpoint.hub import resolve
+from engine.devices import pick_device
 from engine.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class SVDQuantT5Encoder:
         from engine import ops
         from engine.models.t5 import load_t5
 
-        where = _device(device)
+        where = pick_device(device)
         backend = ops.backends.select(where).name
         return load_t5(resolve(place), backend=backend, device=where, dtype=torch_dtype)  # pyright: ignore[reportReturnType]
 
@@ -98,7 +99,7 @@ def _load(
     from engine.linear import resolve_activation
     from engine.models.install import load_quantized
 
-    where = _device(device)
+    where = pick_device(device)
     if dtype not in (torch.bfloat16, torch.float16):
         raise ArgumentError(f"torch_dtype: expected torch.bfloat16 or torch.float16, got {dtype}")
     return load_quantized(
@@ -111,9 +112,3 @@ def _load(
         dtype=dtype,
         progress=progress,
     )
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)

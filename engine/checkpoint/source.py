@@ -16,7 +16,7 @@ from engine.checkpoint.pieces import Piece, Stored
 from engine.checkpoint.quantization import RECORDS
 from engine.errors import CheckpointError
 
-__all__ = ["FACTORS", "PublishedSource", "Source", "check_stored", "header_dtype"]
+__all__ = ["FACTORS", "PublishedSource", "Source", "check_dtype", "check_stored", "check_values", "header_dtype"]
 
 _HEADER_NAMES = {
     "BF16": torch.bfloat16,
@@ -37,7 +37,7 @@ FACTORS = (".wtscale", ".wcscales")
 
 
 class Source(Protocol):
-    """Canonical tensors by name, read when asked for. TensorFiles and PublishedSource are such."""
+    """Canonical tensors by name, read when asked for. CanonicalSource and PublishedSource are such."""
 
     path: Path
     metadata: dict[str, str]
@@ -127,12 +127,7 @@ class PublishedSource:
         """The stored tensors of a piece; raises CheckpointError when one holds NaN or infinity."""
         raw = {name: self.files[name] for name in piece.stored() if name in self.files}
         for name, tensor in raw.items():
-            if tensor.is_floating_point() and not all_finite(tensor):
-                raise CheckpointError(
-                    f"{self.path}: {name} holds NaN or infinity; the file is damaged: fetch or make it again"
-                )
-            if name.endswith((".smooth", ".smooth_factor")) and not bool(tensor.all()):
-                raise CheckpointError(f"{self.path}: {name} holds a zero, by which inputs would be divided")
+            check_values(self.path, name, tensor)
         return raw
 
     def decode(self, piece: Piece, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,10 +215,22 @@ def check_stored(files: TensorFiles, pieces: Sequence[Piece]) -> None:
         shape, stored = files.shape(name), wanted[name]
         if not stored.fits(shape):
             _complain(files, name, shape, stored)
-        dtype = header_dtype(files, name)
-        if dtype not in stored.dtypes:
-            allowed = " or ".join(str(kind).removeprefix("torch.") for kind in stored.dtypes)
-            raise CheckpointError(f"{files.path}: {name} is {files.dtype(name)}, expected {allowed}")
+        check_dtype(files, name, stored.dtypes)
+
+
+def check_dtype(files: TensorFiles, name: str, dtypes: Sequence[torch.dtype]) -> None:
+    """Raise CheckpointError unless a stored tensor has one of `dtypes`; only the header is looked at."""
+    if header_dtype(files, name) not in dtypes:
+        allowed = " or ".join(str(kind).removeprefix("torch.") for kind in dtypes)
+        raise CheckpointError(f"{files.path}: {name} is {files.dtype(name)}, expected {allowed}")
+
+
+def check_values(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError when a tensor holds NaN or infinity, or a smooth factor zero."""
+    if tensor.is_floating_point() and not all_finite(tensor):
+        raise CheckpointError(f"{path}: {name} holds NaN or infinity; the file is damaged: fetch or make it again")
+    if name.endswith((".smooth", ".smooth_factor")) and not bool(tensor.all()):
+        raise CheckpointError(f"{path}: {name} holds a zero, by which inputs would be divided")
 
 
 def header_dtype(files: TensorFiles, name: str) -> torch.dtype | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import exact, nunchaku, nunchaku_flux, nunchaku_lite, t5
+from engine.checkpoint.canonical import CanonicalSource
 from engine.checkpoint.exact import Exact
 from engine.checkpoint.files import replacing
 from engine.checkpoint.layouts import open_checkpoint
@@ -18,6 +19,7 @@ from engine.checkpoint.pieces import Piece, same_bits
 from engine.checkpoint.quantization import RECORDS, Quantization, read_quantization
 from engine.checkpoint.source import FACTORS, PublishedSource, Source
 from engine.checkpoint.writer import FileWriter, FolderWriter
+from engine.devices import pick_device
 from engine.errors import ArgumentError, CheckpointError
 
 __all__ = ["TARGETS", "Target", "convert"]
@@ -38,7 +40,7 @@ def convert(
     A `target` ending in .safetensors becomes one file, any other a folder: of shards for "canonical", the two-file
     pair for "nunchaku"; "nunchaku_lite" is always a folder. Nothing appears at `target` before it is whole.
     `progress` is told (layers done, layers in all). Raises CheckpointError when `source` cannot be read, or holds
-    something that `to` cannot; ArgumentError for a target that does not suit.
+    something that `to` cannot; ArgumentError for a target or a device that does not suit.
     """
     target = Path(target)
     if to not in TARGETS:
@@ -49,10 +51,12 @@ def convert(
         raise ArgumentError(f"target: {target} is the source itself; choose another name")
     if target.suffix == _SUFFIX and target.is_dir():
         raise ArgumentError(f"target: {target} is a folder; choose another name")
-    opened = open_checkpoint(source, device)
+    opened = open_checkpoint(source, pick_device(device))
     try:
         details = read_quantization(opened)
         tell = progress or (lambda *_: None)
+        if isinstance(opened, CanonicalSource):
+            _refuse_strangers(opened, details)
         if to == "canonical":
             _write_canonical(opened, target, tell)
         elif details.model_class == t5.MODEL_CLASS:
@@ -106,7 +110,6 @@ def _write_nunchaku(source: Source, details: Quantization, target: Path, tell: P
             " hold; write nunchaku_lite, or quantize without --keep"
         )
     layers = nunchaku.pieces_for(details.model_class, details.config, details.weight, details.rank, list(source))
-    _refuse_leftovers(source, layers)
     metadata = nunchaku.metadata(details, source.metadata.get("comfy_config"))
     if target.suffix == _SUFFIX:
         _write_file(source, layers, target, nunchaku.LAYOUT, metadata, tell)
@@ -226,10 +229,15 @@ def _same_layer(back: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bo
     return True
 
 
-def _refuse_leftovers(source: Source, layers: Sequence[Piece]) -> None:
+def _refuse_strangers(source: Source, details: Quantization) -> None:
+    """Raise CheckpointError for a tensor that no layer of the model has, as far as its layers are known here."""
+    if details.keep or details.model_class not in nunchaku.CLASSES:
+        return
+    try:
+        layers = nunchaku.pieces_for(details.model_class, details.config, details.weight, details.rank, list(source))
+    except (KeyError, TypeError, ValueError):  # a width or a configuration that only loading or nunchaku_lite takes
+        return
     known = {name for piece in layers for name in (*piece.canonical(), *piece.optional())}
     extra = sorted(name for name in source if name not in known and not name.startswith(RECORDS))
     if extra:
-        raise CheckpointError(
-            f"{source.path}: {extra[0]} has no place in nunchaku's layout ({len(extra)} such tensors)"
-        )
+        raise CheckpointError(f"{source.path}: {extra[0]} is of no layer of this model ({len(extra)} such tensors)")

@@ -37,19 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m engine.convert", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="SRC", help="checkpoint file or folder")
+    parser.add_argument(
+        "source", metavar="SRC", help="checkpoint: file, folder or owner/repo/file.safetensors on the hub"
+    )
     parser.add_argument("target", metavar="DST", help="file or folder to write")
     parser.add_argument("--to", required=True, choices=("canonical", "nunchaku", "nunchaku_lite"), help="layout of DST")
     parser.add_argument("--device", default="cpu", help="where layers are re-tiled, for example cuda (default: cpu)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_args(argv)
     # torch takes seconds to import; --help should not wait for it.
+    from engine.checkpoint.hub import resolve
     from engine.checkpoint.translate import convert
 
     started = time.monotonic()
     show = _progress if not options.quiet and sys.stderr.isatty() else None
     try:
-        convert(options.source, options.target, options.to, device=options.device, progress=show)
+        convert(resolve(options.source), options.target, options.to, device=options.device, progress=show)
     except (EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -36,24 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output-root", default=".", help="folder to write to (default: here)")
     parser.add_argument("--lora-name", default=None, help="name of the new file (default: svdq-<lora>)")
-    parser.add_argument("--no-strict", action="store_true", help="go on when modules of the LoRA match nothing")
+    parser.add_argument("--no-strict", action="store_true", help="go on when modules or keys of the LoRA match nothing")
     options = parser.parse_args(argv)
     from engine.checkpoint.hub import resolve
-    from engine.lora.convert import convert_lora
+    from engine.lora.convert import convert_lora, read_as
 
     name = options.lora_name or f"svdq-{Path(options.lora_path).stem}"
     target = Path(options.output_root) / f"{name.removesuffix('.safetensors')}.safetensors"
     try:
-        unmatched = convert_lora(
-            resolve(options.quant_path),
-            resolve(options.lora_path),
-            target,
-            form=options.lora_format,
-            strict=not options.no_strict,
-        )
+        lora = read_as(resolve(options.lora_path), options.lora_format)
+        unmatched = convert_lora(resolve(options.quant_path), lora, target, strict=not options.no_strict)
     except (EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    for key in lora.left_out:
+        print(f"left out, not for the transformer: {key}", file=sys.stderr)
     for module in unmatched:
         print(f"left out, matches nothing: {module}", file=sys.stderr)
     print(target)

@@ -28,6 +28,7 @@ def compose(loras: Sequence[tuple[LoraWeights, float]]) -> LoraWeights:
             whole.biases[name] = whole.biases[name] + scaled if name in whole.biases else scaled
         whole.norms |= lora.norms
         whole.left_out += lora.left_out
+        whole.unknown += lora.unknown
     whole.factors = {name: add_ranks(parts) for name, parts in collected.items()}
     return whole
 

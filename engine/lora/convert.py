@@ -14,7 +14,7 @@ from engine.lora.detect import LoraFormat, detect_format
 from engine.lora.published import to_runtime
 from engine.lora.weights import LoraWeights, read_lora
 
-__all__ = ["convert_lora"]
+__all__ = ["convert_lora", "read_as"]
 
 # What upstream's names for formats cover.
 _MEANT: dict[str, tuple[LoraFormat, ...]] = {
@@ -34,14 +34,19 @@ def convert_lora(
 ) -> list[str]:
     """Write the LoRA at `lora_path`, joined with the low-rank factors of the checkpoint `quant_path`, to `target`.
 
-    `form` is "auto", "diffusers", "comfyui" or "xlabs". Returns the modules that match nothing, which are an error
-    unless `strict` is off. Raises CheckpointError when a file cannot be read or does not fit the other.
+    `form` is "auto", "diffusers", "comfyui" or "xlabs". Returns the modules and unknown keys that match nothing,
+    which are an error unless `strict` is off. Raises CheckpointError when a file cannot be read or does not fit the
+    other.
     """
-    lora = lora_path if isinstance(lora_path, LoraWeights) else _read(lora_path, form)
+    lora = lora_path if isinstance(lora_path, LoraWeights) else read_as(lora_path, form)
     with closing(open_checkpoint(quant_path)) as source:
         tensors, unmatched = to_runtime(lora, source)
+    named = "the LoRA" if isinstance(lora_path, LoraWeights) else lora_path
+    if not tensors:
+        raise CheckpointError(
+            f"{named}: none of its modules is in the model: {_some(unmatched)}; it is for another model"
+        )
     if unmatched and strict:
-        named = "the LoRA" if isinstance(lora_path, LoraWeights) else lora_path
         raise CheckpointError(
             f"{named}: {len(unmatched)} of its modules match nothing in the model: {_some(unmatched)}"
         )
@@ -51,7 +56,8 @@ def convert_lora(
     return unmatched
 
 
-def _read(path: str | Path, form: str) -> LoraWeights:
+def read_as(path: str | Path, form: str = "auto") -> LoraWeights:
+    """Read the LoRA at `path`, in the format `form` as `convert_lora` names it; raises CheckpointError otherwise."""
     with TensorFiles(path) as files:
         found = detect_format(files)
     if form != "auto" and found not in _MEANT[form]:

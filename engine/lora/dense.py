@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.errors import ArgumentError
+from engine.errors import ArgumentError, CheckpointError
 from engine.lora.targets import Target
 from engine.lora.weights import Factors
 
@@ -64,6 +64,9 @@ class DenseMerge:
 
     def restore(self) -> None:
         """Put the original parameters back."""
+        _follow(self._weight, self._layer.weight)
+        if self._bias is not None:
+            _follow(self._bias, self._layer.weight)
         self._layer.weight, self._layer.bias = self._weight, self._bias
         self._set_width(self._width)
 
@@ -77,6 +80,11 @@ class DenseMerge:
             model.register_to_config(in_channels=width)
 
 
+def _follow(parameter: Tensor, like: Tensor) -> None:
+    """The model may have gone to another device meanwhile, and this parameter was not in it."""
+    parameter.data = parameter.data.to(like.device)
+
+
 def _joined(parts: Sequence[Tensor], dim: int, device: torch.device) -> Tensor | None:
     return torch.cat(list(parts), dim).to(device) if parts else None
 
@@ -84,16 +92,23 @@ def _joined(parts: Sequence[Tensor], dim: int, device: torch.device) -> Tensor |
 class NormSwap:
     """A norm weight that a LoRA replaces; there is no half-way, so any strength but 0 uses the new one."""
 
-    def __init__(self, module: nn.Module, index: int, value: Tensor) -> None:
+    def __init__(self, name: str, module: nn.Module, index: int, value: Tensor) -> None:
         self._module, self._index = module, index
         self._original = module.weight
         like = module.weight.detach()  # pyright: ignore[reportCallIssue]
+        if value.shape != like.shape:
+            raise CheckpointError(
+                f"{name} has {like.numel()} weights, but its LoRA {value.numel()}; it was made for another model"
+            )
         self._new = nn.Parameter(value.to(like.device, like.dtype), requires_grad=False)
 
     def apply(self, strengths: Sequence[float]) -> None:
         """Use the new weight or the original one."""
-        self._module.weight = self._new if strengths[self._index] else self._original
+        wanted = self._new if strengths[self._index] else self._original
+        _follow(wanted, self._module.weight)  # pyright: ignore[reportArgumentType]
+        self._module.weight = wanted
 
     def restore(self) -> None:
         """Put the original parameter back."""
+        _follow(self._original, self._module.weight)  # pyright: ignore[reportArgumentType]
         self._module.weight = self._original

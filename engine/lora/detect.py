@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from engine.errors import CheckpointError
+from engine.lora.names import is_foreign
 
 __all__ = ["FORMATS", "LoraFormat", "detect_format", "refuse_other_kinds"]
 
@@ -25,6 +26,7 @@ _OTHER_KINDS = {
     "lokr_": f"a LoKr (Kronecker product), {_NOT_LOW_RANK}",
     "hada_": f"a LoHa (Hadamard product), {_NOT_LOW_RANK}",
     "oft_": "an OFT (orthogonal transform), which changes the 4-bit weights themselves",
+    "lora_mid.": "a LoCon in Tucker form, with a third factor between the two of a LoRA",
     "dora_scale": _DORA,
     "lora_magnitude_vector": _DORA,
 }
@@ -34,6 +36,8 @@ _RUNTIME_MARKS = (".mlp_fc", ".mlp_context_fc", ".qkv_proj", ".out_proj")
 def detect_format(keys: Iterable[str]) -> LoraFormat:
     """Tell the format; raises CheckpointError for kinds of adapters that are no plain LoRA, and for no LoRA at all."""
     keys = list(keys)
+    if any(key.endswith(".qweight") for key in keys):
+        raise CheckpointError("expected a LoRA, found a 4-bit checkpoint; open it with engine.checkpoint")
     refuse_other_kinds(keys)
     if any(mark in key for key in keys for mark in _RUNTIME_MARKS):
         return "nunchaku"
@@ -53,8 +57,10 @@ def detect_format(keys: Iterable[str]) -> LoraFormat:
 
 
 def refuse_other_kinds(keys: Iterable[str]) -> None:
-    """Raise CheckpointError, saying so, when the file is a LoKr, LoHa, OFT or DoRA."""
+    """Raise CheckpointError, saying so, when the file holds a LoKr, LoHa, OFT or DoRA of a transformer."""
     for key in keys:
+        if is_foreign(key):
+            continue
         for mark, what in _OTHER_KINDS.items():
             if mark in key:
                 raise CheckpointError(

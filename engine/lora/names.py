@@ -11,8 +11,6 @@ __all__ = ["Key", "is_foreign", "module_of", "parse"]
 _SUFFIXES = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
     ".lora.down.weight": "down",
@@ -25,6 +23,10 @@ _SUFFIXES = {
     ".query_norm.scale": "query_norm",
     ".key_norm.scale": "key_norm",
 }
+# PEFT puts an adapter's name between a factor's and "weight".
+_ADAPTER = re.compile(r"\.lora_([AB])\.[^.]+\.(weight|bias)$")
+# Control LoRAs replace the weights of these; diffusers' form of them keeps the layers' own names.
+_NORM = re.compile(r"\.attn\.norm_(added_)?[qk]\.weight$")
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
 _FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
 # Text encoders have LoRAs of their own, and some trainers save what is no low-rank delta of the transformer.
@@ -110,6 +112,9 @@ def is_foreign(key: str) -> bool:
 
 def parse(key: str) -> Key | None:
     """Take a key apart; None when its ending is not one of a LoRA's."""
+    if _NORM.search(key):
+        return Key(_module(key.removesuffix(".weight")), "norm")
+    key = _ADAPTER.sub(r".lora_\1.\2", key)
     for suffix, part in _SUFFIXES.items():
         if key.endswith(suffix):
             return Key(_module(key.removesuffix(suffix)), part)

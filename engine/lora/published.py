@@ -58,9 +58,13 @@ def to_runtime(lora: LoraWeights, source: Source) -> tuple[dict[str, Tensor], li
         module = key.rpartition(".lora_")[0] or key.removesuffix(".weight")
         if module not in inside and (piece := copies.get(f"{module}.weight")) is not None:
             used.add(module)
+            if key == f"{module}.weight" and tuple(tensor.shape) != piece.canonical()[key]:
+                raise CheckpointError(
+                    f"{module} has {piece.canonical()[key][0]} weights, but its LoRA {tensor.numel()}"
+                )
             # Norms have a place of their own in the blocks; other layers keep the names of their LoRA.
             tensors[piece.source if isinstance(piece, Copy) and key == piece.name else key] = tensor
-    return tensors, [module for module in lora.modules if not _is_used(module, used)]
+    return tensors, [*(module for module in lora.modules if not _is_used(module, used)), *lora.unknown]
 
 
 def from_runtime(tensors: Mapping[str, Tensor], source: Source) -> LoraWeights:
@@ -82,7 +86,7 @@ def from_runtime(tensors: Mapping[str, Tensor], source: Source) -> LoraWeights:
         elif kind == "B.bias":
             lora.biases[module] = tensors[key]
         elif kind != "B.weight":
-            lora.left_out.append(key)
+            lora.unknown.append(key)
     return out_of_folded(lora, _folded(source))
 
 
@@ -152,7 +156,8 @@ def _base(piece: SvdqPiece, source: Source) -> Factors | None:
     up = source[f"{piece.parts[0].name}.lora_up"].new_zeros((piece.n, piece.rank))
     for part in piece.parts:
         up[part.rows] = source[f"{part.name}.lora_up"]
-    return Factors(source[f"{piece.parts[0].name}.lora_down"], up)
+    # A loaded model's layer may be wider: inputs are filled up to whole groups of scales.
+    return Factors(source[f"{piece.parts[0].name}.lora_down"][:, : piece.width], up)
 
 
 def _equalize(found: dict[str, Factors], pieces: Mapping[str, SvdqPiece], source: Source) -> None:

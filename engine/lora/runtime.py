@@ -153,10 +153,10 @@ class _Bank:
         return self.loras[name]
 
     def unmatched(self, weights: LoraWeights) -> list[str]:
-        """Modules of a LoRA that this model does not have."""
+        """Modules of a LoRA that this model does not have, and keys of its file that say nothing to us."""
         matched = {name for target in self._targets for name in target.sources(weights)}
-        matched |= {name for name in weights.norms if _module(self._transformer, name) is not None}
-        return [name for name in weights.modules if name not in matched]
+        matched |= {name for name in weights.norms if _normed(self._transformer, name) is not None}
+        return [*(name for name in weights.modules if name not in matched), *weights.unknown]
 
     def rebuild(self) -> None:
         """Bring every layer in line with the list of LoRAs."""
@@ -177,12 +177,15 @@ class _Bank:
         self._make_biases(biased)
         for index, lora in enumerate(loras):
             for name, value in lora.norms.items():
-                if (module := _module(self._transformer, name)) is not None:
-                    self._norms.append(NormSwap(module, index, value))
+                if (module := _normed(self._transformer, name)) is not None:
+                    self._norms.append(NormSwap(name, module, index, value))
         self.apply_strengths()
 
     def apply_strengths(self) -> None:
         """Make the strengths of the list those that the layers use."""
+        if self._has_moved():
+            self.rebuild()
+            return
         strengths = [lora.strength for lora in self.loras.values()]
         if self._scales.numel():
             self._table.copy_(torch.tensor([1.0, *strengths]))
@@ -195,6 +198,11 @@ class _Bank:
         for swap in self._norms:
             swap.apply(strengths)
             forget(self._transformer)  # not a change in place
+
+    def _has_moved(self) -> bool:
+        """Whether the model went to another device since its layers were given slices of tensors here."""
+        changed, tensors = (self._extended, self._scales) if self._extended else (self._biased, self._bias_table)
+        return bool(changed) and next(changed[0].buffers()).device != tensors.device
 
     def _restore(self) -> None:
         for layer in self._extended:
@@ -260,11 +268,13 @@ def _bank(transformer: nn.Module) -> _Bank:
     return getattr(transformer, _BANK)
 
 
-def _module(model: nn.Module, name: str) -> nn.Module | None:
+def _normed(model: nn.Module, name: str) -> nn.Module | None:
+    """The norm called `name`, None where the model has none with weights."""
     try:
-        return model.get_submodule(name)
+        found = model.get_submodule(name)
     except AttributeError:
         return None
+    return found if isinstance(getattr(found, "weight", None), Tensor) else None
 
 
 def _read(path: str | Path, transformer: nn.Module) -> LoraWeights:

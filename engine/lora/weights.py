@@ -32,13 +32,15 @@ class Factors(NamedTuple):
 class LoraWeights:
     """Low-rank deltas, bias deltas (N) and replacement norm weights by diffusers module name.
 
-    `left_out` lists keys of the file that are not for the transformer or no low-rank delta.
+    `left_out` lists keys of the file that are for other models (text encoders) or known to be no low-rank delta,
+    `unknown` those that nothing is known of.
     """
 
     factors: dict[str, Factors] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
     @property
     def modules(self) -> list[str]:
@@ -68,9 +70,11 @@ def read_lora(path: str | Path, expected: LoraFormat | None = None) -> LoraWeigh
                 raise CheckpointError(f"its keys are those of {found}, not of {expected}; leave the format to auto")
             scaling = read_scaling(files.path, files.metadata)
             # What is not for the transformer is listed, not read.
-            mine = {name for name in files if not is_foreign(name) and parse(name) is not None}
+            foreign = {name for name in files if is_foreign(name)}
+            mine = {name for name in files if name not in foreign and parse(name) is not None}
             lora = from_tensors({name: files[name] for name in mine}, found, scaling)
-            lora.left_out = sorted({*lora.left_out, *(set(files) - mine)})
+            lora.left_out = sorted({*lora.left_out, *foreign})
+            lora.unknown = sorted(set(files) - mine - foreign)
             return lora
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
@@ -106,7 +110,7 @@ def _collect(tensors: Mapping[str, Tensor], lora: LoraWeights) -> dict[str, dict
     for key in sorted(tensors):
         parsed = None if is_foreign(key) else parse(key)
         if parsed is None:
-            lora.left_out.append(key)
+            (lora.left_out if is_foreign(key) else lora.unknown).append(key)
             continue
         tensor = tensors[key]
         if tensor.dtype not in _FLOATS:
@@ -191,6 +195,8 @@ def _add_bias(lora: LoraWeights, module: str, bias: Tensor) -> None:
 
 def _add_norms(lora: LoraWeights, module: str, parts: Mapping[str, Tensor]) -> None:
     names, _ = module_of(module)
+    if "norm" in parts:
+        lora.norms[module] = parts["norm"]
     for part, name in zip(("query_norm", "key_norm"), names, strict=False):
         if part in parts:
             lora.norms[name] = parts[part]

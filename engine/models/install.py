@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import ops
-from engine.checkpoint.files import all_finite, check_keys
+from engine.checkpoint.files import check_keys
 from engine.checkpoint.folding import smooth_in_values
 from engine.checkpoint.layouts import open_checkpoint
 from engine.checkpoint.quantization import FORMAT, RECORDS, Quantization, read_quantization
@@ -219,12 +219,7 @@ def _widen(tensors: dict[str, Tensor], columns: int, groups: int) -> dict[str, T
 def _read(files: Source, name: str, shape: tuple[int, ...]) -> Tensor:
     if files.shape(name) != shape:
         raise CheckpointError(f"{files.path}: {name} has shape {files.shape(name)}, expected {shape}")
-    tensor = files[name]
-    if tensor.is_floating_point() and not all_finite(tensor):
-        raise CheckpointError(
-            f"{files.path}: {name} holds NaN or infinity; the file is damaged: fetch or make it again"
-        )
-    return tensor
+    return files[name]
 
 
 def _load_rest(model: nn.Module, files: Source, dtype: torch.dtype) -> None:

@@ -79,6 +79,9 @@ def pipeline(spec: ModelSpec, transformer: Any, device: torch.device, share: Any
                 part.to(device).eval().requires_grad_(False)
         if device.type == "cpu":
             settle_vae_on_cpu(pipe.vae)
+    if pipe.vae.dtype != transformer.dtype:
+        # Control pipelines give the transformer what the VAE made of a picture, in the VAE's format.
+        transformer.register_forward_pre_hook(_in_own_dtype, with_kwargs=True)
     pipe.set_progress_bar_config(disable=True)
     with _explained(spec):
         runner(spec).settle(pipe, spec, device, share)
@@ -117,6 +120,14 @@ def settle_vae_on_cpu(vae: torch.nn.Module) -> None:
         vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     else:
         torch.nn.Module.to(vae, torch.float32)  # diffusers' own `to` warns of what it does not do
+        if (encoder := getattr(vae, "encoder", None)) is not None:
+            encoder.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))  # fill sends 16 bits
+
+
+def _in_own_dtype(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if "hidden_states" in kwargs:
+        kwargs["hidden_states"] = kwargs["hidden_states"].to(model.dtype)
+    return args, kwargs
 
 
 def has_bf16_instructions() -> bool:

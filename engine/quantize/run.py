@@ -13,8 +13,8 @@ import torch
 from engine.checkpoint.linears import GROUPS
 from engine.checkpoint.quantization import Quantization
 from engine.checkpoint.translate import Target
+from engine.devices import pick_device
 from engine.errors import ArgumentError
-from engine.generate import pick_device
 from engine.models.catalogue import ModelSpec, resolve
 from engine.models.install import is_kept
 from engine.models.plan import LinearGroup, get_linear

@@ -144,6 +144,8 @@ def test_absurd_configs_are_refused(tmp_path: Path):
         ("mlp_ratio", None),
         ("in_channels", {}),
         ("caption_channels", [1]),
+        ("cross_attention_head_dim", "x"),
+        ("num_cross_attention_heads", [2]),
     ):
         config = json.loads(metadata["config"]) | {key: value}
         save_file(tensors, path, metadata=metadata | {"config": json.dumps(config)})

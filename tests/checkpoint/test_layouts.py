@@ -237,3 +237,24 @@ def test_t5_file_holds_what_is_expected_and_comes_back(tmp_path: Path):
     convert(path, tmp_path / "canonical", "canonical")
     convert(tmp_path / "canonical", tmp_path / "back.safetensors", "nunchaku")
     assert_same(load_file(tmp_path / "back.safetensors"), stored)
+
+
+def test_a_legacy_folder_is_its_two_files_whatever_else_lies_there(nvfp4: Path, tmp_path: Path):
+    shutil.copytree(nvfp4, tmp_path / "more")
+    shutil.copy(DATA / "flux_tiny_nvfp4_legacy" / "expected.safetensors", tmp_path / "more")
+    assert_same(read(tmp_path / "more"), read(nvfp4))
+    (tmp_path / "more" / "unquantized_layers.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"unquantized_layers\.safetensors is missing, the other half"):
+        open_checkpoint(tmp_path / "more")
+    with pytest.raises(CheckpointError, match="half of a two-file checkpoint; give the folder"):
+        open_checkpoint(shutil.copy(nvfp4 / "unquantized_layers.safetensors", tmp_path))
+
+
+def test_what_a_checkpoint_tells_comfyui_stays_word_for_word(tmp_path: Path):
+    convert(FLUX, tmp_path / "two", "nunchaku")
+    text = '{"model_class": "Flux",  "own": 1}'
+    (tmp_path / "two" / "comfy_config.json").write_text(text + "\n")
+    convert(tmp_path / "two", tmp_path / "canonical.safetensors", "canonical")
+    convert(tmp_path / "canonical.safetensors", tmp_path / "one.safetensors", "nunchaku")
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        assert file.metadata()["comfy_config"] == text

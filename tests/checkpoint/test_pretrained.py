@@ -15,7 +15,7 @@ from engine import SVDQuantFluxTransformer, SVDQuantSanaTransformer, SVDQuantT5E
 from engine.checkpoint.layouts import open_checkpoint
 from engine.checkpoint.quantization import Quantization
 from engine.checkpoint.translate import convert
-from engine.errors import CheckpointError, ModelError
+from engine.errors import ArgumentError, CheckpointError, ModelError
 from engine.linear import SVDQuantLinear
 from engine.models import flux, sana
 from tests.checkpoint.conftest import DATA, vectors
@@ -269,3 +269,16 @@ def test_a_place_that_is_nowhere_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=r"not on this machine and the hub does not answer \(HF_HUB_OFFLINE is set\)"):
         SVDQuantFluxTransformer.from_pretrained("nobody/nothing/file.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("device", "sentence"),
+    [("cuda:99", r"cuda:99 is not there; torch sees \d+ CUDA devices"), ("gpu", "expected auto, cpu or cuda"),
+     ("meta", "expected auto, cpu or cuda")],
+)  # fmt: skip
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(device: str, sentence: str, tmp_path: Path):
+    for model in (SVDQuantFluxTransformer, SVDQuantSanaTransformer, SVDQuantT5Encoder):
+        with pytest.raises(ArgumentError, match=sentence):
+            model.from_pretrained(FLUX, device=device)
+    with pytest.raises(ArgumentError, match=sentence):
+        convert(FLUX, tmp_path / "out", "canonical", device=device)
