@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -26,7 +24,7 @@ from engine.models.families import family
 from engine.models.plan import get_linear
 from engine.quantize import Recipe, quantize_model
 
-__all__ = ["METHODS", "Method", "nearest", "open_engine"]
+__all__ = ["METHODS", "Method", "open_engine"]
 
 NF4_BLOCK, GROUP = 64, 64
 
@@ -65,7 +63,7 @@ def int4_weight_only(weight: Tensor) -> Tensor:
     return stored.dequantize()
 
 
-_NEAREST = Recipe(rank=0, alphas=(), rounds=1, gptq=False)
+_NEAREST = Recipe(rank=0, alphas=(), rounds=1, gptq=False, search=False, shift=False)
 METHODS: dict[str, Method] = {
     "naive": Method("rounding to nearest", "W4A4", "this engine", _NEAREST),
     "svdquant": Method("SVDQuant without GPTQ", "W4A4", "this engine", Recipe(gptq=False), calibrated=True),
@@ -121,36 +119,8 @@ def _checkpoint(name: str, method: Method, spec: ModelSpec, work: Path, samples:
         text = (Path(__file__).resolve().parents[2] / "zoo" / "calibration.txt").read_text(encoding="utf-8")
         prompts = text.splitlines()[:samples]
     assert method.recipe is not None
-    with nearest() if name == "naive" else nullcontext():
-        quantize_model(base, path, prompts=prompts, recipe=method.recipe, device="cpu", resume=True)
+    quantize_model(base, path, prompts=prompts, recipe=method.recipe, device="cpu", resume=True)
     return path
-
-
-@contextmanager
-def nearest() -> Iterator[None]:
-    """Rounding without its search: the largest value of a group is the largest code."""
-
-    def int4(weight: Tensor, _: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        groups = weight.float().unflatten(-1, (-1, GROUP))
-        scales = _positive((groups.abs().amax(-1, keepdim=True) / 7).to(dtype).float())
-        codes = (groups / scales).round().clamp(-7, 7)
-        return codes.flatten(-2).to(torch.int8), scales.squeeze(-1).to(dtype), (codes * scales).flatten(-2)
-
-    def affine(weight: Tensor, _: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        groups = weight.float().unflatten(-1, (-1, GROUP))
-        zeros = groups.amin(-1, keepdim=True).to(dtype).float()
-        scales = _positive(((groups.amax(-1, keepdim=True) - zeros) / 15).to(dtype).float())
-        codes = ((groups - zeros) / scales).round().clamp(0, 15)
-        rounded = (codes * scales + zeros).flatten(-2)
-        return codes.flatten(-2).to(torch.uint8), scales.squeeze(-1).to(dtype), zeros.squeeze(-1).to(dtype), rounded
-
-    layer = "engine.quantize.layer"
-    with patch(f"{layer}.round_int4", int4), patch(f"{layer}.round_affine", affine):
-        yield
-
-
-def _positive(scales: Tensor) -> Tensor:
-    return torch.where(scales > 0, scales, torch.ones_like(scales))
 
 
 def _library(name: str) -> Any:

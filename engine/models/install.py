@@ -93,6 +93,8 @@ def load_quantized(
         groups = [group for group in family.plan(model) if not is_kept(group, quantization.keep)]
         if not quantization.shared_inputs:
             groups = [replace(group, fused=None) for group in groups]
+        if not quantization.gelu_shift:
+            groups = [replace(group, unsigned=False) for group in groups]
         required = expected_keys(model, groups, quantization)
         check_keys(path, set(files) - (optional_keys(groups, files) - required), required)
         for done, group in enumerate(groups, start=1):

@@ -16,7 +16,7 @@ from engine.models.catalogue import ModelSpec
 from engine.models.families import family
 from engine.models.loading import DTYPE
 from engine.models.plan import LinearGroup
-from engine.quantize.source import Weights, transformer_folder
+from engine.quantize.source import Weights, part_folder
 
 __all__ = ["StreamedModel"]
 
@@ -34,7 +34,7 @@ class StreamedModel:
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         row = family(spec.family)
         self.leaves = row.leaves
-        self.weights, self.device = Weights(transformer_folder(spec)), device
+        self.weights, self.device = Weights(part_folder(spec, "transformer")), device
         named = self.weights.config.get("_class_name")
         if named != self.leaves.MODEL_CLASS:
             raise ModelError(f"{self.weights.folder}: holds a {named}, expected a {self.leaves.MODEL_CLASS}")

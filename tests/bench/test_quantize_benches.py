@@ -11,6 +11,7 @@ import torch
 from bench import quantize_full, quantize_outliers, rivals
 from bench.evaluation import cases, methods
 from bench.quantize_model import TINY, write_model
+from engine.quantize.rounding import round_int4
 from engine.quantize.source import Weights
 
 
@@ -57,10 +58,8 @@ def test_each_model_of_the_zoo_has_cases(model: str):
 
 def test_the_nearest_checkpoint_rounds_to_the_nearest():
     weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
-    with methods.nearest():
-        from engine.quantize import layer
-
-        codes, scales, rounded = layer.round_int4(weight, torch.ones(128), torch.float32)
+    assert not methods.METHODS["naive"].recipe.search
+    codes, scales, rounded = round_int4(weight, torch.ones(128), torch.float32, search=False)
     assert int(codes.abs().max()) == 7
     assert float(((weight - rounded).unflatten(1, (-1, 64)).abs().amax(-1) / scales).max()) <= 0.5001
 
