@@ -24,7 +24,7 @@ from engine.models.families import family
 from engine.models.plan import get_linear
 from engine.quantize import Recipe, quantize_model
 
-__all__ = ["METHODS", "Method", "open_engine"]
+__all__ = ["METHODS", "Method", "calibration_prompts", "open_checkpoint_engine", "open_engine"]
 
 NF4_BLOCK, GROUP = 64, 64
 
@@ -83,15 +83,27 @@ def open_engine(name: str, spec: ModelSpec, work: Path, samples: int, share: Eng
     if method.rounding:
         return _rounded(method.rounding, spec, share)
     path = _checkpoint(name.partition("-")[0], method, spec, work, samples)
-    own = dataclasses.replace(spec, checkpoints={"int4": str(path)})
+    return open_checkpoint_engine(spec, path, "int4", method.bits.lower(), share)
+
+
+def open_checkpoint_engine(
+    spec: ModelSpec, path: Path, precision: str, activation: Any, share: Engine | None
+) -> Engine:
+    """An engine of `spec` that runs the checkpoint at `path`; encoders and VAE are those of `share`."""
+    own = dataclasses.replace(spec, checkpoints={precision: str(path)})
     where = torch.device("cpu") if share is None else share.device
-    activation: Any = method.bits.lower()
     with loading.LOADING:
         backend = ops.backends.select(where).name
-        transformer = loading.quantized_transformer(own, "int4", backend, activation, where)
+        transformer = loading.quantized_transformer(own, precision, backend, activation, where)
         loading.add_lora(own, transformer)
         pipe = loading.pipeline(own, transformer, where, share.pipe if share else None)
-    return Engine(own, "int4", activation, backend, where, pipe)
+    return Engine(own, precision, activation, backend, where, pipe)
+
+
+def calibration_prompts(samples: int) -> list[str]:
+    """The first `samples` of the prompts that the small models are calibrated with."""
+    text = (Path(__file__).resolve().parents[2] / "zoo" / "calibration.txt").read_text(encoding="utf-8")
+    return text.splitlines()[:samples]
 
 
 def _rounded(rounding: Callable[[Tensor], Tensor], spec: ModelSpec, share: Engine | None) -> Engine:
@@ -114,10 +126,7 @@ def _checkpoint(name: str, method: Method, spec: ModelSpec, work: Path, samples:
     path = work / "checkpoints" / f"{base.name}-{name}"
     if path.is_dir():
         return path
-    prompts: list[str] = []
-    if method.calibrated:
-        text = (Path(__file__).resolve().parents[2] / "zoo" / "calibration.txt").read_text(encoding="utf-8")
-        prompts = text.splitlines()[:samples]
+    prompts = calibration_prompts(samples) if method.calibrated else []
     assert method.recipe is not None
     quantize_model(base, path, prompts=prompts, recipe=method.recipe, device="cpu", resume=True)
     return path

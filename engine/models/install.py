@@ -20,6 +20,7 @@ from engine.checkpoint.quantization import FORMAT, RECORDS, Quantization, read_q
 from engine.checkpoint.source import Source
 from engine.errors import CheckpointError
 from engine.linear import Activation, AWQLinear, SVDQuantLinear
+from engine.models.buffers import fill_buffers
 from engine.models.plan import AWQ_TENSORS, SVDQ_TENSORS, LinearGroup, get_linear, replace_module
 
 __all__ = [
@@ -105,6 +106,8 @@ def load_quantized(
             if progress:
                 progress(done, len(groups))
         _load_rest(model, files, dtype)
+        config = dict(quantization.config)
+        fill_buffers(model, lambda: model_class.from_config(config), device)  # pyright: ignore
     family.fuse(model)
     return model.eval().requires_grad_(False)
 

@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     stages = parser.add_argument_group("stages", "each is on unless left out; --rank 0 and --rounds 1 leave out theirs")
     for name, text in _STAGES.items():
         stages.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=text)
-    add("--report", type=Path, metavar="DIR", help="write a quality report (HTML, JSON) there as well")
+    add("--report", type=Path, metavar="DIR", help="where the quality report (HTML, JSON) goes (default PATH-report)")
+    add("--no-report", action="store_true", help="paint no pictures to compare and write no report")
     add("--device", default="auto", help="auto, cpu or cuda[:index]")
     add("--resume", action="store_true", help="go on from the blocks that a run which was ended left beside PATH")
     return parser
@@ -88,6 +89,10 @@ def _quantize(args: argparse.Namespace) -> None:
     from engine.quantize import quantize_model, quantize_text_encoder
     from engine.quantize.progress import Bars
 
+    if not (args.text_encoder or args.no_report):
+        from engine.quantize.report import check_report_place
+
+        check_report_place(args.report or _beside(args.out))
     _hush()
     if args.gptq and prompts and not args.text_encoder and (args.precision != "int4" or args.rounds < 2):
         why = "for INT4 only" if args.precision != "int4" else "only with --rounds 2 or more"
@@ -106,11 +111,31 @@ def _quantize(args: argparse.Namespace) -> None:
             progress=bars,
         )
     _tell(args.out, rows, "" if args.text_encoder else " with 4-bit activations")
-    if args.report:
-        from engine.quantize.report import write_report
+    if not (args.text_encoder or args.no_report):
+        _report(args, rows if prompts else None)
 
-        write_report(args.report, model=args.model, checkpoint=args.out, device=args.device, progress=None)
-        print(f"quality report: {args.report / 'index.html'}")
+
+def _report(args: argparse.Namespace, records: Sequence[Any] | None) -> None:
+    """Write the report; where it was not asked for by name, a checkpoint without one is no failure."""
+    from engine.quantize.progress import Bars
+    from engine.quantize.report import write_report
+
+    where = args.report or _beside(args.out)
+    try:
+        with Bars() as bars:
+            write_report(
+                where, model=args.model, checkpoint=args.out, records=records, device=args.device, progress=bars
+            )
+    except EngineError as error:
+        if args.report:
+            raise
+        print(f"engine.quantize: the checkpoint is whole, but no quality report was made: {error}", file=sys.stderr)
+        return
+    print(f"quality report: {where / 'index.html'}")
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name.removesuffix('.safetensors')}-report")
 
 
 def _recipe(args: argparse.Namespace) -> Any:

@@ -21,7 +21,7 @@ from engine.quantize.lockstep import ask, run_together
 from engine.quantize.streamed import StreamedModel
 from engine.request import Request
 
-__all__ = ["check_prompts", "collect"]
+__all__ = ["check_prompts", "collect", "starts_from_words"]
 
 _ROWS = 2048
 # Pictures on their way at a time. Each holds its activations on the device, some 60 MB in FLUX.1 at 1024 pixels.
@@ -36,15 +36,20 @@ def check_prompts(
 
     Raises ArgumentError for a model that needs more than words, RequestError for a prompt or number that is none.
     """
-    import diffusers
-
-    takes = inspect.signature(getattr(diffusers, spec.pipeline).__call__).parameters
-    if prompts and (spec.runner or _PICTURES & set(takes)):
+    if prompts and not starts_from_words(spec):
         raise ArgumentError(
             f"calib: {spec.name} is told by pictures what to paint, which prompts cannot give; quantize it without data"
         )
     wanted = (Request(text, seed=seed, steps=steps, width=size, height=size) for seed, text in enumerate(prompts))
     return [request.resolved(spec) for request in wanted]
+
+
+def starts_from_words(spec: ModelSpec) -> bool:
+    """Whether a prompt is all that `spec` needs to paint."""
+    import diffusers
+
+    takes = inspect.signature(getattr(diffusers, spec.pipeline).__call__).parameters
+    return not (spec.runner or _PICTURES & set(takes))
 
 
 @torch.inference_mode()
@@ -122,7 +127,8 @@ class _Painter:
         with loading.LOADING:
             self.pipe = loading.pipeline(spec, streamed.model, device, None)
         self.texts = [self.runner.encode(self.pipe, spec, request, device) for request in requests]
-        _drop_encoders(self.pipe)
+        if all(self.texts):  # else the pipeline reads the prompts itself, later
+            _drop_encoders(self.pipe)
         calls = max(1, len(requests) * self.steps)
         per_call = max(1, -(-_ROWS // calls))
         self.collectors = {group: _Collector(per_call) for groups in streamed.groups.values() for group in groups}

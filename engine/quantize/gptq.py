@@ -33,8 +33,8 @@ def gptq_int4(
 
     root (K, K) lower triangular; importance (K) the mean square of each input, which weighs the choice of scales;
     `spread` is error_spread(root), for callers that round several weights for the same inputs. Each group's scales are
-    chosen when its turn comes, from the weights as they stand then, by a `search` or not (round_int4). Returns codes int8 (N, K), scales (N, K/64) and
-    the rounded weight, as round_int4 does.
+    chosen when its turn comes, from the weights as they stand then, by a `search` or not (round_int4). Returns codes
+    int8 (N, K), scales (N, K/64) and the rounded weight, as round_int4 does.
     """
     left = weight.float().clone()
     spread = error_spread(root) if spread is None else spread

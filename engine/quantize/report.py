@@ -23,11 +23,12 @@ from engine.errors import ArgumentError, BackendError
 from engine.metrics import load_lpips
 from engine.models.catalogue import ModelSpec, resolve
 from engine.quantize import report_advice as advice
+from engine.quantize.calibrate import starts_from_words
 from engine.quantize.records import LayerRecord, read_records, records_path
 from engine.quantize.report_layers import measure_layers
 from engine.quantize.report_pictures import PROMPTS, Column, paint
 
-__all__ = ["PROMPTS", "Report", "write_report"]
+__all__ = ["PROMPTS", "Report", "check_report_place", "write_report"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -78,8 +79,10 @@ def write_report(
     `records` are the quantizer's figures of each layer; without them the file beside the checkpoint is read, and
     where there is none every layer is measured on the prompts' own inputs. `steps` is denoising steps (default the
     model's). `activations` are painted a column each ("auto", "w4a8", "w4a4"); the first one decides on suggestions.
-    `out` is replaced when all is done. Raises ArgumentError, CheckpointError, ModelError or BackendError.
+    A model that starts from pictures is told by its layers alone. `out` is replaced when all is done, and must not hold
+    anything but an earlier report. Raises ArgumentError, CheckpointError, ModelError or BackendError.
     """
+    check_report_place(Path(out))
     if not prompts:
         raise ArgumentError("prompts: expected one or more, got none")
     if not activations:
@@ -92,6 +95,12 @@ def write_report(
 
         (folder / "index.html").write_text(page(report, folder / "pictures"), encoding="utf-8")
     return report
+
+
+def check_report_place(out: Path) -> None:
+    """Raise ArgumentError when a report at `out` would replace something else."""
+    if out.exists() and not (out / "report.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise ArgumentError(f"report: {out} is there and is no report; choose another folder")
 
 
 class _Writer:
@@ -120,6 +129,8 @@ class _Writer:
     ) -> Report:
         from engine.generate import Engine
 
+        if not starts_from_words(self.spec):
+            return self._of_layers(records)
         distance = self._lpips() if lpips else None
         exact = self._exact(Engine)
         bytes_16bit = exact.weight_bytes
@@ -136,31 +147,58 @@ class _Writer:
             engine = Engine.load(self.spec, self.precision, device=self.device, activation=activation, share=exact)
             columns.append(painted(engine, f"{self.precision.upper()} {engine.activation.upper()}", columns[0]))
             first = first or engine
-        size = _bytes(self.checkpoint)
-        suggested = advice.advise(layers, first.activation, size)
+        suggested = advice.advise(layers, first.activation, _bytes(self.checkpoint))
         trial = None
         if suggested.layers:
             advice.put_back(first.pipe.transformer, exact.pipe.transformer, layers, suggested.layers)
             trial = painted(first, f"{columns[1].label} with suggested layers", columns[0])
+        return self._report(
+            first.activation, first.device, bytes_16bit, layers, source, suggested, columns=columns, trial=trial
+        )
+
+    def _of_layers(self, records: Sequence[LayerRecord] | None) -> Report:
+        """A report without pictures, from the quantizer's figures."""
+        from engine.generate import pick_device
+        from engine.linear import resolve_activation
+        from engine.quantize.source import Weights, part_folder
+
+        path = records_path(self.checkpoint)
+        layers = list(records) if records is not None else read_records(path) if path.is_file() else []
+        self.notes.append(f"{self.spec.title} starts from pictures, which prompts cannot give: none were painted.")
+        device = pick_device(self.device)
+        activation = resolve_activation("auto", device)
+        suggested = advice.advise(layers, activation, _bytes(self.checkpoint))
+        size = Weights(part_folder(self.spec, "transformer")).nbytes
+        return self._report(activation, device, size, layers, _source(layers), suggested)
+
+    def _report(
+        self,
+        activation: str,
+        device: Any,
+        bytes_16bit: int,
+        layers: list[LayerRecord],
+        source: str,
+        suggested: advice.Advice,
+        **pictures: Any,
+    ) -> Report:
         return Report(
             model=self.spec.title,
             precision=self.precision,
-            activation=first.activation,
+            activation=activation,
             rank=self.about.rank,
             keep=list(self.about.keep),
-            device=_device_name(first.device),
+            device=_device_name(device),
             versions=_versions(),
             date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             steps=self.steps or int(self.spec.steps.default),
             bytes_16bit=bytes_16bit,
-            bytes_file=size,
+            bytes_file=_bytes(self.checkpoint),
             layers=layers,
             layers_source=source,
             rule=advice.RULE,
             advice=suggested,
-            columns=columns,
-            trial=trial,
             notes=self.notes,
+            **pictures,
         )
 
     def _exact(self, engine_class: Any) -> Any:
@@ -181,7 +219,7 @@ class _Writer:
         if records is not None:
             names = {group.title: group.names for group in advice.plan(exact)}
             named = [dataclasses.replace(r, names=r.names or names.get(r.name, (r.name,))) for r in records]
-            return named, "measured by the quantizer on its calibration rows"
+            return named, _source(named)
         found = measure_layers(exact, self.spec, self.precision, self.prompts, self.steps, self.tell)
         return found, "measured on what the layers read while these prompts were painted"
 
@@ -193,6 +231,12 @@ class _Writer:
         except BackendError as error:
             self.notes.append(f"LPIPS was not measured. {error}")
             return None
+
+
+def _source(records: Sequence[LayerRecord]) -> str:
+    if any(record.naive_error is not None for record in records):
+        return "measured by the quantizer on its calibration rows"
+    return "told by the quantizer without data, where every input counts alike"
 
 
 def _about(checkpoint: Path) -> Quantization:

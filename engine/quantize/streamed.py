@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.checkpoint.files import check_keys
 from engine.errors import ModelError
+from engine.models.buffers import fill_buffers
 from engine.models.catalogue import ModelSpec
 from engine.models.families import family
 from engine.models.loading import DTYPE
@@ -42,7 +44,7 @@ class StreamedModel:
             bare = row.transformer_class.from_config(self.weights.config).requires_grad_(False).eval()
         nn.Module.to(bare, DTYPE)  # diffusers' own `to` warns of what does not happen here
         check_keys(self.weights.folder, self.weights, bare.state_dict())
-        self._bare = bare
+        self._bare, self._build = bare, partial(row.transformer_class.from_config, self.weights.config)
         self.model: Any = self.leaves.prepare(copy.deepcopy(bare))
         self.groups: dict[str, list[LinearGroup]] = {}
         for group in self.leaves.plan(self.model):
@@ -63,6 +65,7 @@ class StreamedModel:
     def fill_rest(self) -> None:
         """Give everything outside the blocks its weights: with blocks that come and go the model then runs."""
         self.model.load_state_dict(self.rest(), strict=False, assign=True)
+        fill_buffers(self.model, self._build, self.device)
         for name, buffer in self.model.named_buffers():
             if buffer.is_meta:
                 raise ModelError(f"{self.weights.folder}: {name} is in no file, so this model cannot run in parts")

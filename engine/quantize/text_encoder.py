@@ -200,9 +200,7 @@ def _run(
     return {name: torch.cat(parts) for name, parts in seen.items() if parts}, after
 
 
-def _round(
-    model: nn.Module, name: str, rows: Tensor | None, recipe: Recipe, tensors: dict[str, Tensor]
-) -> LayerRecord:
+def _round(model: nn.Module, name: str, rows: Tensor | None, recipe: Recipe, tensors: dict[str, Tensor]) -> LayerRecord:
     """Put the codes of a linear into `tensors` in place of its weight."""
     weight: Any = model.get_submodule(name).weight
     if not all_finite(weight):
@@ -212,7 +210,11 @@ def _round(
     affine = partial(round_affine, weight, seen.mean_square(), recipe.dtype, group=t5.GROUP)
     codes, scales, zeros, rounded = affine(search=recipe.search)
     del tensors[f"{name}.weight"]
-    tensors |= {f"{name}.codes": pack_nibbles(codes).cpu(), f"{name}.scales": scales.cpu(), f"{name}.zeros": zeros.cpu()}
+    tensors |= {
+        f"{name}.codes": pack_nibbles(codes).cpu(),
+        f"{name}.scales": scales.cpu(),
+        f"{name}.zeros": zeros.cpu(),
+    }
     error = _relative(weight, rounded, rows)
     naive = None if rows is None else _relative(weight, affine(search=False)[-1], rows)
     return LayerRecord(name, "awq", (n, k), error, error, naive, None, (name,))
