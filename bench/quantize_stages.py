@@ -3,11 +3,11 @@
     python bench/quantize_stages.py --work runs/stages --json bench/results/quantize-stages.json
     python bench/quantize_stages.py --work runs/stages --count 0    # layers alone
 
-Stages are added one after the other; the default without smoothing, without data, and NVFP4 are rows apart. Layer errors are means of
-||y - y_hat|| / ||y|| on rows of the calibration prompts; PSNR in dB is that of held-out pictures
+Stages are added one after the other; the default without smoothing, without data, and NVFP4 are rows apart. Layer
+errors are means of ||y - y_hat|| / ||y|| on rows of the calibration prompts; PSNR in dB is that of held-out pictures
 (bench/evaluation/cases.py), with the standard error of the difference to the row before, picture by picture. The model
-is calibrated once for all rows. Checkpoints and pictures stay in --work, and a run that was ended goes on from
-them: give new weights a new folder.
+is calibrated once for all rows. Checkpoints and pictures stay in --work, and a run that was ended goes on from them:
+give new weights a new folder.
 """
 
 from __future__ import annotations

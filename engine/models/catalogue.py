@@ -36,9 +36,10 @@ class ModelSpec:
     """One model: where it is, how large, and the settings that suit it.
 
     `family` is a name of engine.models.families, or a transformer class of diffusers that has none (then the model
-    runs by its pipeline's own call). `source` is a diffusers folder or a hub id; `checkpoints` maps a 4-bit precision to
-    a folder, a `.safetensors` file or `owner/repo/file.safetensors` on the hub. `lora` is a LoRA file that turns the source's transformer into
-    this model's, in every precision (as FLUX.1-Canny-dev-lora does); empty where the source is the model itself.
+    runs by its pipeline's own call). `source` is a diffusers folder or a hub id; `checkpoints` maps a 4-bit precision
+    to a folder, a `.safetensors` file or `owner/repo/file.safetensors` on the hub. `lora` is a LoRA file that turns the
+    source's transformer into this model's, in every precision (as FLUX.1-Canny-dev-lora does); empty where the source
+    is the model itself.
     `text_encoder` is a 4-bit T5 (a file, or `owner/repo/file.safetensors`) to use instead of the source's own.
     `prior` is the pipeline that puts pictures into the transformer's words (FLUX.1 Redux), `runner` the way pictures
     are made where it is not the family's own (engine.models.families). A model that starts from a picture can do
