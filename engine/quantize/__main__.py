@@ -112,14 +112,18 @@ def _quantize(args: argparse.Namespace) -> None:
         )
     _tell(args.out, rows, "" if args.text_encoder else " with 4-bit activations")
     if not (args.text_encoder or args.no_report):
-        _report(args, rows if prompts else None)
+        _report(args, rows, measured=bool(prompts))
 
 
-def _report(args: argparse.Namespace, records: Sequence[Any] | None) -> None:
+def _report(args: argparse.Namespace, rows: Sequence[Any], measured: bool) -> None:
     """Write the report; where it was not asked for by name, a checkpoint without one is no failure."""
+    from engine.models.catalogue import resolve
+    from engine.quantize.calibrate import starts_from_words
     from engine.quantize.progress import Bars
     from engine.quantize.report import write_report
 
+    # Without data the run's figures are those of inputs that count alike: real ones, where they can be had, say more.
+    records = rows if measured or not starts_from_words(resolve(args.model)) else None
     where = args.report or _beside(args.out)
     try:
         with Bars() as bars:

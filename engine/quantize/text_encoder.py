@@ -113,6 +113,11 @@ class _Encoder:
         for pattern in keep:
             if not any(is_kept(LinearGroup((name,)), [pattern]) for name in self._all_linears()):
                 raise ArgumentError(f"keep: the pattern {pattern!r} matches no linear of the text encoder")
+        if not any(self.linears.values()):
+            raise ArgumentError(
+                f"model: no linear of {spec.title}'s text encoder is left to quantize: its width is {config.d_model},"
+                f" and groups are of {t5.GROUP} inputs"
+            )
 
     def embed(self, prompts: Sequence[str]) -> list[tuple[Tensor, None]]:
         """What the first block reads of each prompt, padded as FLUX pads: (1, L, D) and no position bias yet."""

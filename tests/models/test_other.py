@@ -9,12 +9,16 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from transformers import AutoTokenizer, T5EncoderModel
 
+from engine import Engine, Request
 from engine.errors import ModelError
+from engine.linear import SVDQuantLinear
 from engine.models import loading
-from engine.models.catalogue import ModelSpec
+from engine.models.catalogue import ModelSpec, zoo_folder
 from engine.models.families import family
 from engine.quantize import Recipe, quantize_model
+from engine.quantize.__main__ import main as quantize
 
 QUICK = Recipe(rank=16, rounds=2, alphas=(0.5,))
 MODELS: dict[str, dict[str, Any]] = {
@@ -75,6 +79,38 @@ def test_a_row_is_enough(spec: ModelSpec, tmp_path: Path):
         wanted, found = (model(**inputs(spec.family), return_dict=False)[0].float() for model in (exact, close))
     assert float((found - wanted).norm() / wanted.norm()) < 0.2
     assert not torch.equal(found, wanted)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A whole PixArt pipeline of random weights, but for the text encoder."""
+    tiny = zoo_folder() / "flux-tiny"
+    torch.manual_seed(0)
+    narrow = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "layers_per_block": 1}
+    pipe = diffusers.PixArtSigmaPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(tiny / "tokenizer_2"),
+        text_encoder=T5EncoderModel.from_pretrained(tiny / "text_encoder_2", dtype=torch.bfloat16),
+        vae=diffusers.AutoencoderKL(
+            **narrow, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4
+        ),  # pyright: ignore
+        transformer=diffusers.PixArtTransformer2DModel(
+            **MODELS["PixArtTransformer2DModel"] | {"caption_channels": 256}
+        ),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
+    pipe.save_pretrained(tmp_path / "pixart")
+    return tmp_path / "pixart"
+
+
+def test_a_folder_is_calibrated_and_paints(folder: Path, tmp_path: Path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cube\na blue cone\n")
+    quick = ["--rank", "16", "--rounds", "1", "--size", "256", "--steps", "2", "--no-report", "--device", "cpu"]
+    assert quantize([str(folder), "--out", f"{folder}-int4", "--calib", str(prompts), *quick]) == 0
+    engine = Engine.load(str(folder), "int4", device="cpu")
+    picture = engine.run(Request("a red cube", seed=1, steps=2, width=256, height=256)).image
+    assert picture.size == (256, 256)
+    assert any(isinstance(part, SVDQuantLinear) for part in engine.pipe.transformer.modules())
 
 
 def test_what_is_no_transformer_is_named():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
 from engine.checkpoint.layouts import detect
 from engine.models.t5 import load_t5
@@ -26,6 +27,20 @@ def states(encoder: Any, model: Path) -> torch.Tensor:
     read = tokenizer(list(PROMPTS), padding="max_length", max_length=32, return_tensors="pt")
     with torch.inference_mode():
         return encoder(read.input_ids)[0].float()
+
+
+@pytest.fixture(scope="module")
+def model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small random FLUX with a T5 wide enough for groups of 128."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    shutil.copytree(model, folder)
+    torch.manual_seed(0)
+    words = T5Config.from_pretrained(folder / "text_encoder_2").vocab_size
+    config = T5Config(vocab_size=words, d_model=128, d_ff=256, d_kv=64, num_heads=2, num_layers=2,
+                      feed_forward_proj="gated-gelu")  # fmt: skip
+    shutil.rmtree(folder / "text_encoder_2")
+    T5EncoderModel(config).bfloat16().save_pretrained(folder / "text_encoder_2")
+    return folder
 
 
 def opened(file: Path) -> Any:
@@ -82,6 +97,16 @@ def test_a_bad_argument_is_one_sentence(
 ):
     assert main([str(model), "--text-encoder", "--out", str(tmp_path / "t5"), "--device", "cpu", *arguments]) == 2
     assert re.fullmatch(f"engine.quantize: {sentence}", capsys.readouterr().err.strip())
+
+
+def test_a_t5_too_narrow_for_the_format_is_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    narrow = tmp_path / "narrow"
+    shutil.copytree(model, narrow)
+    T5EncoderModel(T5Config(vocab_size=64, d_model=32, d_ff=32, d_kv=16, num_heads=2, num_layers=1)).save_pretrained(
+        narrow / "text_encoder_2"
+    )
+    assert main([str(narrow), "--text-encoder", "--out", str(tmp_path / "t5")]) == 2
+    assert "is left to quantize: its width is 32, and groups are of 128 inputs" in capsys.readouterr().err
 
 
 def test_a_model_without_a_t5_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
