@@ -90,7 +90,7 @@ def _quantize(args: argparse.Namespace) -> None:
     from engine.quantize.progress import Bars
 
     if not (args.text_encoder or args.no_report):
-        from engine.quantize.report import check_report_place
+        from engine.quantize.report_facts import check_report_place
 
         check_report_place(args.report or _beside(args.out))
     _hush()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -17,18 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.files import replacing
-from engine.checkpoint.layouts import open_checkpoint
-from engine.checkpoint.quantization import Quantization, read_quantization
 from engine.errors import ArgumentError, BackendError
 from engine.metrics import load_lpips
 from engine.models.catalogue import ModelSpec, resolve
 from engine.quantize import report_advice as advice
 from engine.quantize.calibrate import starts_from_words
 from engine.quantize.records import LayerRecord, read_records, records_path
+from engine.quantize.report_facts import bytes_of, check_report_place, device_name, quantization_of, source_of, versions
 from engine.quantize.report_layers import measure_layers
 from engine.quantize.report_pictures import PROMPTS, Column, paint
 
-__all__ = ["PROMPTS", "Report", "check_report_place", "write_report"]
+__all__ = ["PROMPTS", "Report", "write_report"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -97,12 +95,6 @@ def write_report(
     return report
 
 
-def check_report_place(out: Path) -> None:
-    """Raise ArgumentError when a report at `out` would replace something else."""
-    if out.exists() and not (out / "report.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise ArgumentError(f"report: {out} is there and is no report; choose another folder")
-
-
 class _Writer:
     """The run behind `write_report`: what is shared by its stages."""
 
@@ -116,7 +108,7 @@ class _Writer:
         progress: Progress | None,
     ) -> None:
         self.checkpoint = Path(checkpoint)
-        self.about = _about(self.checkpoint)
+        self.about = quantization_of(self.checkpoint)
         known = resolve(model)
         self.precision = "nvfp4" if self.about.group_size == 16 else "int4"
         self.spec = dataclasses.replace(known, checkpoints={**known.checkpoints, self.precision: str(checkpoint)})
@@ -147,7 +139,7 @@ class _Writer:
             engine = Engine.load(self.spec, self.precision, device=self.device, activation=activation, share=exact)
             columns.append(painted(engine, f"{self.precision.upper()} {engine.activation.upper()}", columns[0]))
             first = first or engine
-        suggested = advice.advise(layers, first.activation, _bytes(self.checkpoint))
+        suggested = advice.advise(layers, first.activation, bytes_of(self.checkpoint))
         trial = None
         if suggested.layers:
             advice.put_back(first.pipe.transformer, exact.pipe.transformer, layers, suggested.layers)
@@ -167,9 +159,9 @@ class _Writer:
         self.notes.append(f"{self.spec.title} starts from pictures, which prompts cannot give: none were painted.")
         device = pick_device(self.device)
         activation = resolve_activation("auto", device)
-        suggested = advice.advise(layers, activation, _bytes(self.checkpoint))
+        suggested = advice.advise(layers, activation, bytes_of(self.checkpoint))
         size = Weights(part_folder(self.spec, "transformer")).nbytes
-        return self._report(activation, device, size, layers, _source(layers), suggested)
+        return self._report(activation, device, size, layers, source_of(layers), suggested)
 
     def _report(
         self,
@@ -187,12 +179,12 @@ class _Writer:
             activation=activation,
             rank=self.about.rank,
             keep=list(self.about.keep),
-            device=_device_name(device),
-            versions=_versions(),
+            device=device_name(device),
+            versions=versions(),
             date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             steps=self.steps or int(self.spec.steps.default),
             bytes_16bit=bytes_16bit,
-            bytes_file=_bytes(self.checkpoint),
+            bytes_file=bytes_of(self.checkpoint),
             layers=layers,
             layers_source=source,
             rule=advice.RULE,
@@ -219,7 +211,7 @@ class _Writer:
         if records is not None:
             names = {group.title: group.names for group in advice.plan(exact)}
             named = [dataclasses.replace(r, names=r.names or names.get(r.name, (r.name,))) for r in records]
-            return named, _source(named)
+            return named, source_of(named)
         found = measure_layers(exact, self.spec, self.precision, self.prompts, self.steps, self.tell)
         return found, "measured on what the layers read while these prompts were painted"
 
@@ -231,47 +223,6 @@ class _Writer:
         except BackendError as error:
             self.notes.append(f"LPIPS was not measured. {error}")
             return None
-
-
-def _source(records: Sequence[LayerRecord]) -> str:
-    if any(record.naive_error is not None for record in records):
-        return "measured by the quantizer on its calibration rows"
-    return "told by the quantizer without data, where every input counts alike"
-
-
-def _about(checkpoint: Path) -> Quantization:
-    files = open_checkpoint(checkpoint)
-    try:
-        return read_quantization(files)
-    finally:
-        files.close()
-
-
-def _bytes(checkpoint: Path) -> int:
-    files = checkpoint.glob("*.safetensors") if checkpoint.is_dir() else [checkpoint]
-    return sum(file.stat().st_size for file in files)
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-
-
-def _versions() -> dict[str, str]:
-    import diffusers
-    import torch
-
-    from engine import __version__
-
-    return {
-        "nibble": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":
