@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.evaluation.cases import MODELS, requests
 from bench.evaluation.machine import machine, write_json, write_text
-from bench.evaluation.methods import calibration_prompts, open_checkpoint_engine
+from bench.evaluation.methods import calibration_prompts, claim, open_checkpoint_engine
 from bench.rivals import distances, paint
 from engine import Engine
 from engine.checkpoint.files import replacing
@@ -132,6 +132,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     bases: dict[str, Base] = {}
     for model in options.models:
         spec = resolve(model)
+        claim(options.work, spec, options.samples)
         plain = next(row for row in CATALOGUE.values() if row.source == spec.source and not (row.lora or row.runner))
         base = bases.setdefault(plain.name, Base(plain, options.samples))
         rows: dict[str, dict[str, Any]] = {}

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.evaluation.machine import write_json
 from engine import Engine, ops
-from engine.errors import BackendError
+from engine.errors import ArgumentError, BackendError
 from engine.models import loading
 from engine.models.catalogue import CATALOGUE, ModelSpec
 from engine.models.families import family
 from engine.models.plan import get_linear
 from engine.quantize import Recipe, quantize_model
+from engine.quantize.source import Weights, part_folder
 
-__all__ = ["METHODS", "Method", "calibration_prompts", "open_checkpoint_engine", "open_engine"]
+__all__ = ["METHODS", "Method", "calibration_prompts", "claim", "open_checkpoint_engine", "open_engine"]
 
 NF4_BLOCK, GROUP = 64, 64
 
@@ -98,6 +102,19 @@ def open_checkpoint_engine(
         loading.add_lora(own, transformer)
         pipe = loading.pipeline(own, transformer, where, share.pipe if share else None)
     return Engine(own, precision, activation, backend, where, pipe)
+
+
+def claim(work: Path, spec: ModelSpec, samples: int) -> None:
+    """Tell `work` what its pictures of `spec` are made with; raises ArgumentError when they were made with other weights."""
+    found = {"calibration_pictures": samples, "weights": Weights(part_folder(spec, "transformer")).fingerprint()}
+    if spec.lora:
+        found["lora"] = sha256(Path(spec.lora).read_bytes()).hexdigest()
+    file = work / spec.name / "weights.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != found:
+        raise ArgumentError(
+            f"work: {work} holds pictures of other weights or samples of {spec.name}; name another folder"
+        )
+    write_json(file, found)
 
 
 def calibration_prompts(samples: int) -> list[str]:
