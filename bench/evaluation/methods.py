@@ -105,7 +105,7 @@ def open_checkpoint_engine(
 
 
 def claim(work: Path, spec: ModelSpec, samples: int) -> None:
-    """Tell `work` what its pictures of `spec` are made with; raises ArgumentError when they were made with other weights."""
+    """Tell `work` what makes its pictures of `spec`; raises ArgumentError when something else made them."""
     found = {"calibration_pictures": samples, "weights": Weights(part_folder(spec, "transformer")).fingerprint()}
     if spec.lora:
         found["lora"] = sha256(Path(spec.lora).read_bytes()).hexdigest()

@@ -134,7 +134,7 @@ class _Painter:
         self.collectors = {group: _Collector(per_call) for groups in streamed.groups.values() for group in groups}
         self.calls: Counter[tuple[int, int]] = Counter()
         self.now = ((0, 0), 0)
-        # Without BF16 instructions a CPU multiplies float32 several times as fast.
+        # Without BF16 instructions a CPU takes less than half the time in float32 (AVX2: 75 instead of 182 ms a block).
         self._widen = device.type == "cpu" and not loading.has_bf16_instructions()
 
     def paint_all(self) -> dict[LinearGroup, _Collector]:
