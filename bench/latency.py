@@ -8,7 +8,7 @@ end2end: a whole picture as a user asks for it (text, steps, decoding). step: on
 the inputs that the pipeline really gives it. Every precision is warmed up, then they take turns, so that a busy or
 throttled machine slows all alike. With --alone only one is in memory at a time and there are no turns.
 Precisions: bf16, int4, nvfp4, NAME@w4a4, NAME@w4a8, NAME+compiled, LABEL=CHECKPOINT, nf4, int4wo, fp8.
-Writes OUT.json (every time, the machine, versions) and OUT.md (the table).
+Writes OUT.json (every time, the machine, versions), OUT.md (the table) and OUT.png (bars; needs matplotlib).
 """
 
 from __future__ import annotations
@@ -51,7 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = [dataclasses.asdict(row) | summary(row) for row in rows]
         write_json(options.out.with_suffix(".json"), {"machine": about, "settings": settings, "rows": told})
         write_text(options.out.with_suffix(".md"), text)
+        _draw(rows, options.out.with_suffix(".png"))
     return 1 if any(row.error for row in rows) else 0
+
+
+def _draw(rows: Sequence[Row], path: Path) -> None:
+    from bench.evaluation.plots import durations
+
+    try:
+        durations(rows, path)
+    except ImportError as error:
+        say(f"no plot was drawn: pip install matplotlib ({error})")
 
 
 def measure_model(model: str, options: argparse.Namespace) -> list[Row]:
@@ -209,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", type=int, help="pixels of a side (default the model's)")
     add("--device", default="auto", help="auto, cpu or cuda[:index]")
     add("--alone", action="store_true", help="hold one precision at a time; for models that do not fit together")
-    add("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.md")
+    add("--out", type=Path, metavar="STEM", help="write STEM.json, STEM.md and STEM.png")
     return parser
 
 

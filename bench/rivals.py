@@ -5,7 +5,8 @@
 
 Held-out captions, one seed each, the same noise in every method (bench/evaluation/cases.py); PSNR in dB against the
 BF16 picture of the same request. The methods and what runs them: bench/evaluation/methods.py; bitsandbytes and torchao
-must be installed for theirs. Pictures and checkpoints stay in --work, and a run that was ended goes on from them.
+must be installed for theirs. Pictures and checkpoints stay in --work, and a run that was ended goes on from them; new
+weights want a new folder.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.evaluation.cases import MODELS, requests
 from bench.evaluation.machine import machine, write_json
-from bench.evaluation.methods import METHODS, open_engine
+from bench.evaluation.methods import METHODS, claim, open_engine
 from engine import Engine
 from engine.errors import EngineError
 from engine.metrics import psnr
@@ -64,6 +65,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             "psnr": {name: {} for name in options.methods}}  # fmt: skip
     for model in options.models:
         spec, wanted = resolve(model), requests(model, options.count)
+        claim(options.work, spec, options.samples)
         exact = options.work / model / "bf16"
         first = paint(lambda spec=spec: Engine.load(spec, "bf16", device="cpu"), wanted, exact)
         for name in options.methods:

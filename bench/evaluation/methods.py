@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import json
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from bench.evaluation.machine import write_json
 from engine import Engine, ops
-from engine.errors import BackendError
+from engine.errors import ArgumentError, BackendError
 from engine.models import loading
 from engine.models.catalogue import CATALOGUE, ModelSpec
 from engine.models.families import family
 from engine.models.plan import get_linear
 from engine.quantize import Recipe, quantize_model
+from engine.quantize.source import Weights, part_folder
 
-__all__ = ["METHODS", "Method", "nearest", "open_engine"]
+__all__ = ["METHODS", "Method", "calibration_prompts", "claim", "open_checkpoint_engine", "open_engine"]
 
 NF4_BLOCK, GROUP = 64, 64
 
@@ -65,7 +67,7 @@ def int4_weight_only(weight: Tensor) -> Tensor:
     return stored.dequantize()
 
 
-_NEAREST = Recipe(rank=0, alphas=(), rounds=1, gptq=False)
+_NEAREST = Recipe(rank=0, alphas=(), rounds=1, gptq=False, search=False, shift=False)
 METHODS: dict[str, Method] = {
     "naive": Method("rounding to nearest", "W4A4", "this engine", _NEAREST),
     "svdquant": Method("SVDQuant without GPTQ", "W4A4", "this engine", Recipe(gptq=False), calibrated=True),
@@ -85,15 +87,40 @@ def open_engine(name: str, spec: ModelSpec, work: Path, samples: int, share: Eng
     if method.rounding:
         return _rounded(method.rounding, spec, share)
     path = _checkpoint(name.partition("-")[0], method, spec, work, samples)
-    own = dataclasses.replace(spec, checkpoints={"int4": str(path)})
+    return open_checkpoint_engine(spec, path, "int4", method.bits.lower(), share)
+
+
+def open_checkpoint_engine(
+    spec: ModelSpec, path: Path, precision: str, activation: Any, share: Engine | None
+) -> Engine:
+    """An engine of `spec` that runs the checkpoint at `path`; encoders and VAE are those of `share`."""
+    own = dataclasses.replace(spec, checkpoints={precision: str(path)})
     where = torch.device("cpu") if share is None else share.device
-    activation: Any = method.bits.lower()
     with loading.LOADING:
         backend = ops.backends.select(where).name
-        transformer = loading.quantized_transformer(own, "int4", backend, activation, where)
+        transformer = loading.quantized_transformer(own, precision, backend, activation, where)
         loading.add_lora(own, transformer)
         pipe = loading.pipeline(own, transformer, where, share.pipe if share else None)
-    return Engine(own, "int4", activation, backend, where, pipe)
+    return Engine(own, precision, activation, backend, where, pipe)
+
+
+def claim(work: Path, spec: ModelSpec, samples: int) -> None:
+    """Tell `work` what makes its pictures of `spec`; raises ArgumentError when something else made them."""
+    found = {"calibration_pictures": samples, "weights": Weights(part_folder(spec, "transformer")).fingerprint()}
+    if spec.lora:
+        found["lora"] = sha256(Path(spec.lora).read_bytes()).hexdigest()
+    file = work / spec.name / "weights.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != found:
+        raise ArgumentError(
+            f"work: {work} holds pictures of other weights or samples of {spec.name}; name another folder"
+        )
+    write_json(file, found)
+
+
+def calibration_prompts(samples: int) -> list[str]:
+    """The first `samples` of the prompts that the small models are calibrated with."""
+    text = (Path(__file__).resolve().parents[2] / "zoo" / "calibration.txt").read_text(encoding="utf-8")
+    return text.splitlines()[:samples]
 
 
 def _rounded(rounding: Callable[[Tensor], Tensor], spec: ModelSpec, share: Engine | None) -> Engine:
@@ -116,41 +143,10 @@ def _checkpoint(name: str, method: Method, spec: ModelSpec, work: Path, samples:
     path = work / "checkpoints" / f"{base.name}-{name}"
     if path.is_dir():
         return path
-    prompts: list[str] = []
-    if method.calibrated:
-        text = (Path(__file__).resolve().parents[2] / "zoo" / "calibration.txt").read_text(encoding="utf-8")
-        prompts = text.splitlines()[:samples]
+    prompts = calibration_prompts(samples) if method.calibrated else []
     assert method.recipe is not None
-    with nearest() if name == "naive" else nullcontext():
-        quantize_model(base, path, prompts=prompts, recipe=method.recipe, device="cpu", resume=True)
+    quantize_model(base, path, prompts=prompts, recipe=method.recipe, device="cpu", resume=True)
     return path
-
-
-@contextmanager
-def nearest() -> Iterator[None]:
-    """Rounding without its search: the largest value of a group is the largest code."""
-
-    def int4(weight: Tensor, _: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        groups = weight.float().unflatten(-1, (-1, GROUP))
-        scales = _positive((groups.abs().amax(-1, keepdim=True) / 7).to(dtype).float())
-        codes = (groups / scales).round().clamp(-7, 7)
-        return codes.flatten(-2).to(torch.int8), scales.squeeze(-1).to(dtype), (codes * scales).flatten(-2)
-
-    def affine(weight: Tensor, _: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        groups = weight.float().unflatten(-1, (-1, GROUP))
-        zeros = groups.amin(-1, keepdim=True).to(dtype).float()
-        scales = _positive(((groups.amax(-1, keepdim=True) - zeros) / 15).to(dtype).float())
-        codes = ((groups - zeros) / scales).round().clamp(0, 15)
-        rounded = (codes * scales + zeros).flatten(-2)
-        return codes.flatten(-2).to(torch.uint8), scales.squeeze(-1).to(dtype), zeros.squeeze(-1).to(dtype), rounded
-
-    layer = "engine.quantize.layer"
-    with patch(f"{layer}.round_int4", int4), patch(f"{layer}.round_affine", affine):
-        yield
-
-
-def _positive(scales: Tensor) -> Tensor:
-    return torch.where(scales > 0, scales, torch.ones_like(scales))
 
 
 def _library(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The table as pictures: bars a figure, PSNR of every picture in order, and a sheet of examples."""
+"""The tables as pictures: bars a figure, PSNR of every picture in order, a sheet of examples, and bars of times."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from bench.evaluation.painting import picture_path
 from bench.evaluation.scores import Column
 from bench.evaluation.sets import PromptSet
 from bench.evaluation.table import COLUMNS, figures
+from bench.evaluation.times import Row, summary
 
-__all__ = ["bars", "curves", "sheet"]
+__all__ = ["bars", "curves", "durations", "sheet"]
 
 _COLORS = ("#6d6b65", "#5d9a17", "#2f74b5", "#c2571a", "#8a4fb0", "#b8860b", "#1f8a8a")
 _TILE, _EXAMPLES, _MARGIN, _LINE = 192, 8, 12, 18
@@ -64,6 +65,30 @@ def curves(name: str, columns: Sequence[Column], path: Path) -> None:
     axis.set_title(f"{name}: against {columns[0].precision}")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
+    _save(plt, figure, path)
+
+
+def durations(rows: Sequence[Row], path: Path) -> None:
+    """A panel for each model and mode of bench/latency.py: the median of each precision, from its p10 to its p90."""
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.times:
+            panels.setdefault(f"{row.model}, {row.mode}", []).append(row)
+    if not panels:
+        return
+    plt = _pyplot()
+    figure, axes = plt.subplots(len(panels), 1, figsize=(6.4, sum(0.8 + 0.35 * len(p) for p in panels.values())))
+    for axis, (title, found) in zip(axes if len(panels) > 1 else [axes], panels.items(), strict=True):
+        told = [summary(row) for row in found]
+        middles = [figures["p50"] for figures in told]
+        apart = [[t["p50"] - t["p10"] for t in told], [t["p90"] - t["p50"] for t in told]]
+        colors = [_COLORS[index % len(_COLORS)] for index in range(len(found))]
+        drawn = axis.barh([row.precision for row in found], middles, xerr=apart, color=colors, capsize=3)
+        axis.bar_label(drawn, [f"{value:.1f} ms" for value in middles], fontsize=8, padding=6)
+        axis.invert_yaxis()
+        axis.margins(x=0.18)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
     _save(plt, figure, path)
 
 

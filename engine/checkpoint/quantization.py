@@ -28,7 +28,8 @@ class Quantization:
     """What a checkpoint's metadata says of how it was made.
 
     `keep` holds name patterns of linears that stay in 16 bits. `shared_inputs` says that linears which read one input
-    (q, k and v) share its smooth factor and down-projection, so that they can run as one.
+    (q, k and v) share its smooth factor and down-projection, so that they can run as one. `gelu_shift` says that 4-bit
+    activations of GELU outputs are shifted to have no sign.
     """
 
     model_class: str
@@ -38,6 +39,7 @@ class Quantization:
     rank: int
     keep: tuple[str, ...] = ()
     shared_inputs: bool = True
+    gelu_shift: bool = True
 
     def metadata(self) -> dict[str, str]:
         """Safetensors metadata that `read_quantization` reads back."""
@@ -49,6 +51,8 @@ class Quantization:
         }
         if not self.shared_inputs:
             details["shared_inputs"] = False
+        if not self.gelu_shift:
+            details["gelu_shift"] = False
         return {
             "format": FORMAT,
             "model_class": self.model_class,
@@ -88,6 +92,7 @@ def read_quantization(files: _WithMetadata) -> Quantization:
             rank=int(details["rank"]),
             keep=tuple(details.get("keep_16bit", ())),
             shared_inputs=bool(details.get("shared_inputs", True)),
+            gelu_shift=bool(details.get("gelu_shift", True)),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{files.path}: its metadata is incomplete or damaged ({error!r})") from error

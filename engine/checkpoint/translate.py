@@ -109,6 +109,10 @@ def _write_nunchaku(source: Source, details: Quantization, target: Path, tell: P
             f"{source.path}: keeps linears in 16 bits ({', '.join(details.keep[:3])}), which nunchaku's layout cannot"
             " hold; write nunchaku_lite, or quantize without --keep"
         )
+    if not details.gelu_shift:
+        raise CheckpointError(
+            f"{source.path}: made for GELU outputs that keep their sign, which nunchaku shifts; quantize with --shift"
+        )
     layers = nunchaku.pieces_for(details.model_class, details.config, details.weight, details.rank, list(source))
     metadata = nunchaku.metadata(details, source.metadata.get("comfy_config"))
     if target.suffix == _SUFFIX:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.errors import ModelError
-from engine.models.families import FAMILIES, family_of_pipeline
+from engine.models.families import FAMILIES, family_of_pipeline, is_transformer
 
 __all__ = ["CATALOGUE", "ModelSpec", "Range", "names", "resolve", "zoo_folder"]
 
@@ -35,9 +35,11 @@ class Range:
 class ModelSpec:
     """One model: where it is, how large, and the settings that suit it.
 
-    `source` is a diffusers folder or a hub id; `checkpoints` maps a 4-bit precision to a folder, a `.safetensors`
-    file or `owner/repo/file.safetensors` on the hub. `lora` is a LoRA file that turns the source's transformer into
-    this model's, in every precision (as FLUX.1-Canny-dev-lora does); empty where the source is the model itself.
+    `family` is a name of engine.models.families, or a transformer class of diffusers that has none (then the model
+    runs by its pipeline's own call). `source` is a diffusers folder or a hub id; `checkpoints` maps a 4-bit precision
+    to a folder, a `.safetensors` file or `owner/repo/file.safetensors` on the hub. `lora` is a LoRA file that turns the
+    source's transformer into this model's, in every precision (as FLUX.1-Canny-dev-lora does); empty where the source
+    is the model itself.
     `text_encoder` is a 4-bit T5 (a file, or `owner/repo/file.safetensors`) to use instead of the source's own.
     `prior` is the pipeline that puts pictures into the transformer's words (FLUX.1 Redux), `runner` the way pictures
     are made where it is not the family's own (engine.models.families). A model that starts from a picture can do
@@ -262,11 +264,16 @@ def _from_folder(folder: Path) -> ModelSpec:
         return known
     pipeline = json.loads(index.read_text()).get("_class_name", "")
     row = family_of_pipeline(pipeline)
-    if row is None:
-        kinds = " or ".join(family.pipelines for family in FAMILIES.values())
-        raise ModelError(f"model: {folder} holds a {pipeline or 'nameless pipeline'}; expected a {kinds} pipeline")
     beside = folder.with_name(folder.name + "-int4")
     checkpoints = {"int4": str(beside)} if beside.exists() else {}
+    if row is None and is_transformer(named := _transformer_class(folder)):
+        return _other(named, folder.name, str(folder), pipeline, checkpoints)
+    if row is None:
+        kinds = " or ".join(family.pipelines for family in FAMILIES.values())
+        raise ModelError(
+            f"model: {folder} holds a {pipeline or 'nameless pipeline'}; expected a {kinds} pipeline, or one"
+            " with a transformer of diffusers"
+        )
     parent = _same_transformer(folder, pipeline)
     if parent is not None:
         return replace(parent, name=folder.name, title=folder.name, source=str(folder), checkpoints=checkpoints)
@@ -284,10 +291,17 @@ def _same_transformer(folder: Path, pipeline: str) -> ModelSpec | None:
 
 def _config(folder: Path) -> dict[str, object]:
     """What a pipeline folder says of its transformer's shape; nothing where it says nothing."""
+    return {key: value for key, value in _transformer(folder).items() if not key.startswith("_")}
+
+
+def _transformer_class(folder: Path) -> str:
+    return str(_transformer(folder).get("_class_name", ""))
+
+
+def _transformer(folder: Path) -> dict[str, object]:
     try:
-        found = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-        return {key: value for key, value in found.items() if not key.startswith("_")}
-    except (OSError, ValueError, AttributeError):
+        return dict(json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
 
 

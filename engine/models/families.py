@@ -1,4 +1,7 @@
-"""The model families this engine runs, and where each one's code is."""
+"""The model families this engine runs, and where each one's code is.
+
+A transformer that has no family is served too, by its structure alone (engine.models.other).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from engine.errors import ModelError
 if TYPE_CHECKING:
     from engine.models.catalogue import ModelSpec
 
-__all__ = ["FAMILIES", "Family", "family", "family_of_pipeline", "runner"]
+__all__ = ["FAMILIES", "Family", "family", "family_of_pipeline", "is_transformer", "runner"]
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,27 @@ def runner(spec: ModelSpec) -> Any:
     return importlib.import_module(_RUNNERS[spec.runner] if spec.runner else family(spec.family).runner_module)
 
 
+@dataclass(frozen=True)
+class _Other(Family):
+    """A diffusers transformer that has no family of its own, under the name of its class."""
+
+    @property
+    def leaves(self) -> Any:
+        return importlib.import_module(self.leaves_module).Leaves(self.name)
+
+
 def family(name: str) -> Family:
-    """The row called `name`; raises ModelError when there is none."""
-    if name not in FAMILIES:
-        raise ModelError(f"family: expected one of {', '.join(FAMILIES)}, got {name!r}")
-    return FAMILIES[name]
+    """The row called `name`, or one for any transformer class of diffusers; raises ModelError when there is none."""
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if is_transformer(name):
+        return _Other(name, "engine.models.other", "engine.models.run_other", pipelines="")
+    raise ModelError(f"family: expected {', '.join(FAMILIES)} or a transformer class of diffusers, got {name!r}")
+
+
+def is_transformer(name: str) -> bool:
+    """Whether diffusers has a transformer class of this name."""
+    return "Transformer" in name and hasattr(importlib.import_module("diffusers"), name)
 
 
 def family_of_pipeline(pipeline: str) -> Family | None:

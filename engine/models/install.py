@@ -20,6 +20,7 @@ from engine.checkpoint.quantization import FORMAT, RECORDS, Quantization, read_q
 from engine.checkpoint.source import Source
 from engine.errors import CheckpointError
 from engine.linear import Activation, AWQLinear, SVDQuantLinear
+from engine.models.buffers import fill_buffers
 from engine.models.plan import AWQ_TENSORS, SVDQ_TENSORS, LinearGroup, get_linear, replace_module
 
 __all__ = [
@@ -93,6 +94,8 @@ def load_quantized(
         groups = [group for group in family.plan(model) if not is_kept(group, quantization.keep)]
         if not quantization.shared_inputs:
             groups = [replace(group, fused=None) for group in groups]
+        if not quantization.gelu_shift:
+            groups = [replace(group, unsigned=False) for group in groups]
         required = expected_keys(model, groups, quantization)
         check_keys(path, set(files) - (optional_keys(groups, files) - required), required)
         for done, group in enumerate(groups, start=1):
@@ -103,6 +106,8 @@ def load_quantized(
             if progress:
                 progress(done, len(groups))
         _load_rest(model, files, dtype)
+        config = dict(quantization.config)
+        fill_buffers(model, lambda: model_class.from_config(config), device)  # pyright: ignore
     family.fuse(model)
     return model.eval().requires_grad_(False)
 

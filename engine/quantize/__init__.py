@@ -7,9 +7,11 @@ activations into weights (`smooth.py`), a low-rank branch in 16 bits takes the l
 `run.py` walks a model block by block: `streamed.py` reads one block at a time from the files (`source.py`),
 `calibrate.py` takes all calibration pictures through a block together (`lockstep.py`) and collects what its linears
 read, `block.py` quantizes it, `work.py` keeps it for a run that goes on later, `output.py` writes the layout asked for.
+`text_encoder.py` does the same for a T5, whose weights alone become 4-bit.
 """
 
 from engine.quantize.layer import Recipe, quantize_group
 from engine.quantize.run import quantize_model
+from engine.quantize.text_encoder import quantize_text_encoder
 
-__all__ = ["Recipe", "quantize_group", "quantize_model"]
+__all__ = ["Recipe", "quantize_group", "quantize_model", "quantize_text_encoder"]

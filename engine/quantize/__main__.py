@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,20 @@ from engine.errors import ArgumentError, EngineError
 _EXAMPLES = """examples:
   python -m engine.quantize tiny --out my-int4 --calib prompts.txt
   python -m engine.quantize my-flux --out my-flux-int4 --calib prompts.txt --report my-report
+  python -m engine.quantize dev --text-encoder --out awq-int4-t5.safetensors --format nunchaku
   python -m engine.quantize dev --out svdq-int4_r32-mine.safetensors --format nunchaku --calib prompts.txt
 
 A folder opens in the apps and in python -m engine.generate when it lies beside the model's own folder under the same
 name with -int4 added. docs/quantize.md tells the rest."""
+
+
+_STAGES = {
+    "smooth": "move outliers of inputs into the weights, by the best of three strengths",
+    "search": "try several scales for each group of weights; without it the largest weight sets the scale",
+    "four-over-six": "let a group of NVFP4 weights end at 4 or 5 instead of 6 where that is closer",
+    "gptq": "let later inputs make up for what rounding loses (INT4 with --calib)",
+    "shift": "shift GELU outputs so that their 4-bit codes need no sign",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         help="NAME.safetensors for one file, any other name for a folder; replaced when done")  # fmt: skip
     add("--format", default="canonical", choices=("nunchaku", "nunchaku_lite", "canonical"),
         help="layout to write (default canonical); docs/format.md has them")  # fmt: skip
+    add("--text-encoder", action="store_true",
+        help="quantize the T5 that reads the prompts instead (weight-only, FLUX models)")  # fmt: skip
     add("--precision", default="int4", choices=("int4", "nvfp4"), help="4-bit type (default int4)")
     add("--calib", default="none", metavar="FILE",
         help="text file, a prompt a line, or none: no data, the model is not run (default none)")  # fmt: skip
@@ -57,11 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=8, help="rounds of refining branch and rounding (default 8)")
     add("--damping", type=float, default=0.1,
         help="how little to trust the sampled inputs to be all there are, 0.001 to 10 (default 0.1)")  # fmt: skip
-    add("--gptq", action=argparse.BooleanOptionalAction, default=True,
-        help="let later inputs make up for what rounding loses (INT4 with --calib; default on)")  # fmt: skip
     add("--keep-16bit", nargs="+", default=[], metavar="PATTERN",
         help='linears to leave in 16 bits, for example "*.proj_mlp"')  # fmt: skip
-    add("--report", type=Path, metavar="DIR", help="write a quality report (HTML, JSON) there as well")
+    stages = parser.add_argument_group("stages", "each is on unless left out; --rank 0 and --rounds 1 leave out theirs")
+    for name, text in _STAGES.items():
+        stages.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=text)
+    add("--report", type=Path, metavar="DIR", help="where the quality report (HTML, JSON) goes (default PATH-report)")
+    add("--no-report", action="store_true", help="paint no pictures to compare and write no report")
     add("--device", default="auto", help="auto, cpu or cuda[:index]")
     add("--resume", action="store_true", help="go on from the blocks that a run which was ended left beside PATH")
     return parser
@@ -71,35 +86,68 @@ def _quantize(args: argparse.Namespace) -> None:
     _check(args)
     prompts = _prompts(args.calib, args.samples)
     # torch takes seconds to import; a wrong argument should not wait for it.
-    from engine.quantize import Recipe, quantize_model
+    from engine.quantize import quantize_model, quantize_text_encoder
     from engine.quantize.progress import Bars
 
+    if not (args.text_encoder or args.no_report):
+        from engine.quantize.report_facts import check_report_place
+
+        check_report_place(args.report or _beside(args.out))
     _hush()
-    if args.gptq and prompts and (args.precision != "int4" or args.rounds < 2):
+    if args.gptq and prompts and not args.text_encoder and (args.precision != "int4" or args.rounds < 2):
         why = "for INT4 only" if args.precision != "int4" else "only with --rounds 2 or more"
         print(f"engine.quantize: GPTQ is {why}; going on without it", file=sys.stderr)
+    quantize = quantize_text_encoder if args.text_encoder else partial(quantize_model, size=args.size, steps=args.steps)
     with Bars() as bars:
-        rows = quantize_model(
+        rows = quantize(
             args.model,
             args.out,
             prompts=prompts,
-            size=args.size,
-            steps=args.steps,
-            recipe=Recipe(
-                precision=args.precision, rank=args.rank, rounds=args.rounds, gptq=args.gptq, damping=args.damping
-            ),
+            recipe=_recipe(args),
             keep=args.keep_16bit,
             device=args.device,
             format=args.format,
             resume=args.resume,
             progress=bars,
         )
-    _tell(args.out, rows)
-    if args.report:
-        from engine.quantize.report import write_report
+    _tell(args.out, rows, "" if args.text_encoder else " with 4-bit activations")
+    if not (args.text_encoder or args.no_report):
+        _report(args, rows, measured=bool(prompts))
 
-        write_report(args.report, model=args.model, checkpoint=args.out, device=args.device, progress=None)
-        print(f"quality report: {args.report / 'index.html'}")
+
+def _report(args: argparse.Namespace, rows: Sequence[Any], measured: bool) -> None:
+    """Write the report; where it was not asked for by name, a checkpoint without one is no failure."""
+    from engine.models.catalogue import resolve
+    from engine.quantize.calibrate import starts_from_words
+    from engine.quantize.progress import Bars
+    from engine.quantize.report import write_report
+
+    # Without data the run's figures are those of inputs that count alike: real ones, where they can be had, say more.
+    records = rows if measured or not starts_from_words(resolve(args.model)) else None
+    where = args.report or _beside(args.out)
+    try:
+        with Bars() as bars:
+            write_report(
+                where, model=args.model, checkpoint=args.out, records=records, device=args.device, progress=bars
+            )
+    except EngineError as error:
+        if args.report:
+            raise
+        print(f"engine.quantize: the checkpoint is whole, but no quality report was made: {error}", file=sys.stderr)
+        return
+    print(f"quality report: {where / 'index.html'}")
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name.removesuffix('.safetensors')}-report")
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    from engine.quantize import Recipe
+
+    asked = {name: getattr(args, name) for name in ("precision", "rank", "rounds", "damping")}
+    asked |= {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _STAGES if name != "smooth"}
+    return Recipe(**asked) if args.smooth else Recipe(**asked, alphas=())
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -107,6 +155,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ArgumentError(f"--rank: expected a multiple of 16 from 0 up, got {args.rank}")
     if not 0.001 <= args.damping <= 10:
         raise ArgumentError(f"--damping: expected a number from 0.001 to 10, got {args.damping:g}")
+    for name in ("precision", "rank", "rounds", "damping", "size", "steps", "report"):
+        if args.text_encoder and getattr(args, name) != _parser().get_default(name):
+            raise ArgumentError(f"--{name}: a text encoder has no such choice, since its weights alone become 4-bit")
     for name in ("samples", "rounds"):
         if getattr(args, name) < 1:
             raise ArgumentError(f"--{name}: expected 1 or more, got {getattr(args, name)}")
@@ -135,11 +186,11 @@ def _hush() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _tell(out: Path, rows: Sequence[Any]) -> None:
+def _tell(out: Path, rows: Sequence[Any], how: str) -> None:
     files = out.glob("*.safetensors") if out.is_dir() else [out]
     size = sum(file.stat().st_size for file in files)
     print(f"{out}: {size / 2**20:.1f} MiB, {len(rows)} groups of linears")
-    print("largest relative output errors with 4-bit activations:")
+    print(f"largest relative output errors{how}:")
     for row in sorted(rows, key=lambda row: -row.error_w4a4)[:8]:
         print(f"  {row.error_w4a4:6.3f}  {row.kind:<5} {row.name}")
 

@@ -74,7 +74,7 @@ def _quantize(
     if group.kind == "awq":
         value, error = quantize_weight_only(weight, inputs, recipe)
         return {"codes": value.codes, "scales": value.scales, "zeros": value.zeros}, {}, (error, error)
-    done = quantize_group(weight, inputs, recipe, unsigned=group.unsigned)
+    done = quantize_group(weight, inputs, recipe, unsigned=group.unsigned and recipe.shift)
     linear, k = done.linear, weight.shape[1]
     groups = -(-k // linear.group)  # files hold the inputs that exist, in whole groups
     parts = {"codes": linear.codes[:, : k // 2], "wscales": linear.wscales[:, :groups], "lora_up": linear.lora_up}

@@ -14,7 +14,7 @@ from engine import ops
 from engine.quantize.gptq import error_spread, gptq_int4
 from engine.quantize.inputs import Inputs, weigh
 from engine.quantize.lowrank import factors
-from engine.quantize.nvfp4 import round_nvfp4
+from engine.quantize.nvfp4 import TOPS, round_nvfp4
 from engine.quantize.rounding import GROUP, pack_nibbles, round_affine, round_int4
 from engine.quantize.smooth import candidates
 
@@ -27,9 +27,14 @@ __all__ = ["Inputs", "Quantized", "Recipe", "output_errors", "quantize_group", "
 class Recipe:
     """How to quantize: 4-bit type, rank, smoothing strengths to try, refinement rounds, stored 16-bit type.
 
-    `gptq` rounds INT4 residuals by GPTQ once branch and rounding have settled. `damping`, in mean squares of an input,
-    is added to the square of each: a sample of inputs is not all of them, and with little damping branch and GPTQ
-    fit the sample at the cost of all other inputs (docs/quantize.md has the figures).
+    Each stage can be left out (docs/quantize.md has what each gains): no `alphas`, a `rank` of 0, one of the `rounds`,
+    and these. `search` tries several scales for each group of weights; else its largest value is the largest code.
+    `four_over_six` lets NVFP4 groups map their largest value to 4 or 5 instead of 6. `shift` moves GELU outputs up
+    until none is negative, so that 4-bit activations have codes 0..15. `gptq` rounds INT4 residuals by GPTQ once branch
+    and rounding have settled.
+
+    `damping`, in mean squares of an input, is added to the square of each: a sample of inputs is not all of them, and
+    with little damping branch and GPTQ fit the sample at the cost of all other inputs.
     """
 
     precision: Literal["int4", "nvfp4"] = "int4"
@@ -40,6 +45,9 @@ class Recipe:
     seed: int = 0
     damping: float = 0.1
     gptq: bool = True
+    search: bool = True
+    four_over_six: bool = True
+    shift: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ def output_errors(
 def quantize_weight_only(weight: Tensor, inputs: Inputs, recipe: Recipe) -> tuple[ops.AwqWeight, float]:
     """Round `weight` (N, K) for 16-bit activations; returns it with its relative output error on the sampled rows."""
     weight = weight.float()
-    codes, scales, zeros, rounded = round_affine(weight, inputs.mean_square(), recipe.dtype)
+    codes, scales, zeros, rounded = round_affine(weight, inputs.mean_square(), recipe.dtype, search=recipe.search)
     value = ops.AwqWeight(codes=pack_nibbles(codes), scales=scales, zeros=zeros, bias=None)
     if inputs.rows is None:
         return value, _relative(weight - rounded, weight)
@@ -151,7 +159,9 @@ def _with_gptq(task: _Task, recipe: Recipe, best: _Branch, least: float) -> _Bra
     for _ in range(_GPTQ_ROUNDS):
         smoothed = down * task.smooth
         residual = task.target - up @ smoothed
-        codes, scales, rounded = gptq_int4(residual, task.root, task.importance, recipe.dtype, spread)
+        codes, scales, rounded = gptq_int4(
+            residual, task.root, task.importance, recipe.dtype, spread, search=recipe.search
+        )
         weighed = weigh(task.target - rounded, task.root)
         error = _left(weighed, up, smoothed, task)
         if error >= least:
@@ -180,9 +190,10 @@ def _left(weighed: Tensor, up: Tensor, smoothed: Tensor, task: _Task) -> float:
 def _round(residual: Tensor, importance: Tensor, recipe: Recipe) -> tuple[dict[str, Tensor], Tensor]:
     """Round what the branch leaves; returns the tensors to store and the value they stand for."""
     if recipe.precision == "nvfp4":
-        codes, scales, tensor_scale, rounded = round_nvfp4(residual, importance, recipe.dtype)
+        tops = TOPS if recipe.four_over_six else TOPS[:1]
+        codes, scales, tensor_scale, rounded = round_nvfp4(residual, importance, recipe.dtype, tops)
         return {"codes": pack_nibbles(codes), "wscales": scales, "wtscale": tensor_scale}, rounded
-    codes, scales, rounded = round_int4(residual, importance, recipe.dtype)
+    codes, scales, rounded = round_int4(residual, importance, recipe.dtype, search=recipe.search)
     return {"codes": pack_nibbles(codes), "wscales": scales}, rounded
 
 

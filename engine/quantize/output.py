@@ -19,7 +19,7 @@ from engine.models.plan import LinearGroup, get_linear
 from engine.quantize.records import FILE_NAME, LayerRecord, records_path, write_records
 from engine.quantize.streamed import StreamedModel
 
-__all__ = ["check_layout", "check_place", "write_output"]
+__all__ = ["check_layout", "check_place", "check_text_layout", "write_output"]
 
 _SUFFIX = ".safetensors"
 # What folders of ours hold; a folder with anything else in it is somebody else's.
@@ -54,12 +54,24 @@ def check_layout(
         _check_lite(out, details, streamed, groups)
 
 
+def check_text_layout(layout: Target, out: Path, keep: Sequence[str]) -> None:
+    """Raise ArgumentError when a text encoder in `layout` cannot be written to `out`."""
+    if layout not in ("canonical", "nunchaku"):
+        raise ArgumentError(f"format: a text encoder is written as canonical or nunchaku, got {layout!r}")
+    if layout == "nunchaku" and out.suffix != _SUFFIX:
+        raise ArgumentError(f"out: nunchaku's text encoder is one file, expected a name in {_SUFFIX}, got {out.name}")
+    if layout == "nunchaku" and keep:
+        raise ArgumentError(f"keep: nunchaku's layout has no place for linears in 16 bits, got {', '.join(keep)}")
+
+
 def _check_nunchaku(details: Quantization) -> None:
     if details.keep:
         raise ArgumentError(
             f"keep: nunchaku's layout has no place for linears in 16 bits, got {', '.join(details.keep)}; use"
             " nunchaku_lite or canonical"
         )
+    if not details.gelu_shift:
+        raise ArgumentError("shift: nunchaku always shifts GELU outputs; leave out --no-shift, or use canonical")
     try:
         nunchaku.pieces_for(details.model_class, details.config, details.weight, details.rank, [])
     except (CheckpointError, ValueError, KeyError) as error:

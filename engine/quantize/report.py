@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.files import replacing
-from engine.checkpoint.layouts import open_checkpoint
-from engine.checkpoint.quantization import Quantization, read_quantization
 from engine.errors import ArgumentError, BackendError
 from engine.metrics import load_lpips
 from engine.models.catalogue import ModelSpec, resolve
 from engine.quantize import report_advice as advice
+from engine.quantize.calibrate import starts_from_words
 from engine.quantize.records import LayerRecord, read_records, records_path
+from engine.quantize.report_facts import bytes_of, check_report_place, device_name, quantization_of, source_of, versions
 from engine.quantize.report_layers import measure_layers
 from engine.quantize.report_pictures import PROMPTS, Column, paint
 
@@ -78,8 +77,10 @@ def write_report(
     `records` are the quantizer's figures of each layer; without them the file beside the checkpoint is read, and
     where there is none every layer is measured on the prompts' own inputs. `steps` is denoising steps (default the
     model's). `activations` are painted a column each ("auto", "w4a8", "w4a4"); the first one decides on suggestions.
-    `out` is replaced when all is done. Raises ArgumentError, CheckpointError, ModelError or BackendError.
+    A model that starts from pictures is told by its layers alone. `out` is replaced when all is done, and must not hold
+    anything but an earlier report. Raises ArgumentError, CheckpointError, ModelError or BackendError.
     """
+    check_report_place(Path(out))
     if not prompts:
         raise ArgumentError("prompts: expected one or more, got none")
     if not activations:
@@ -107,7 +108,7 @@ class _Writer:
         progress: Progress | None,
     ) -> None:
         self.checkpoint = Path(checkpoint)
-        self.about = _about(self.checkpoint)
+        self.about = quantization_of(self.checkpoint)
         known = resolve(model)
         self.precision = "nvfp4" if self.about.group_size == 16 else "int4"
         self.spec = dataclasses.replace(known, checkpoints={**known.checkpoints, self.precision: str(checkpoint)})
@@ -120,6 +121,8 @@ class _Writer:
     ) -> Report:
         from engine.generate import Engine
 
+        if not starts_from_words(self.spec):
+            return self._of_layers(records)
         distance = self._lpips() if lpips else None
         exact = self._exact(Engine)
         bytes_16bit = exact.weight_bytes
@@ -136,31 +139,58 @@ class _Writer:
             engine = Engine.load(self.spec, self.precision, device=self.device, activation=activation, share=exact)
             columns.append(painted(engine, f"{self.precision.upper()} {engine.activation.upper()}", columns[0]))
             first = first or engine
-        size = _bytes(self.checkpoint)
-        suggested = advice.advise(layers, first.activation, size)
+        suggested = advice.advise(layers, first.activation, bytes_of(self.checkpoint))
         trial = None
         if suggested.layers:
             advice.put_back(first.pipe.transformer, exact.pipe.transformer, layers, suggested.layers)
             trial = painted(first, f"{columns[1].label} with suggested layers", columns[0])
+        return self._report(
+            first.activation, first.device, bytes_16bit, layers, source, suggested, columns=columns, trial=trial
+        )
+
+    def _of_layers(self, records: Sequence[LayerRecord] | None) -> Report:
+        """A report without pictures, from the quantizer's figures."""
+        from engine.generate import pick_device
+        from engine.linear import resolve_activation
+        from engine.quantize.source import Weights, part_folder
+
+        path = records_path(self.checkpoint)
+        layers = list(records) if records is not None else read_records(path) if path.is_file() else []
+        self.notes.append(f"{self.spec.title} starts from pictures, which prompts cannot give: none were painted.")
+        device = pick_device(self.device)
+        activation = resolve_activation("auto", device)
+        suggested = advice.advise(layers, activation, bytes_of(self.checkpoint))
+        size = Weights(part_folder(self.spec, "transformer")).nbytes
+        return self._report(activation, device, size, layers, source_of(layers), suggested)
+
+    def _report(
+        self,
+        activation: str,
+        device: Any,
+        bytes_16bit: int,
+        layers: list[LayerRecord],
+        source: str,
+        suggested: advice.Advice,
+        **pictures: Any,
+    ) -> Report:
         return Report(
             model=self.spec.title,
             precision=self.precision,
-            activation=first.activation,
+            activation=activation,
             rank=self.about.rank,
             keep=list(self.about.keep),
-            device=_device_name(first.device),
-            versions=_versions(),
+            device=device_name(device),
+            versions=versions(),
             date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             steps=self.steps or int(self.spec.steps.default),
             bytes_16bit=bytes_16bit,
-            bytes_file=size,
+            bytes_file=bytes_of(self.checkpoint),
             layers=layers,
             layers_source=source,
             rule=advice.RULE,
             advice=suggested,
-            columns=columns,
-            trial=trial,
             notes=self.notes,
+            **pictures,
         )
 
     def _exact(self, engine_class: Any) -> Any:
@@ -181,7 +211,7 @@ class _Writer:
         if records is not None:
             names = {group.title: group.names for group in advice.plan(exact)}
             named = [dataclasses.replace(r, names=r.names or names.get(r.name, (r.name,))) for r in records]
-            return named, "measured by the quantizer on its calibration rows"
+            return named, source_of(named)
         found = measure_layers(exact, self.spec, self.precision, self.prompts, self.steps, self.tell)
         return found, "measured on what the layers read while these prompts were painted"
 
@@ -193,41 +223,6 @@ class _Writer:
         except BackendError as error:
             self.notes.append(f"LPIPS was not measured. {error}")
             return None
-
-
-def _about(checkpoint: Path) -> Quantization:
-    files = open_checkpoint(checkpoint)
-    try:
-        return read_quantization(files)
-    finally:
-        files.close()
-
-
-def _bytes(checkpoint: Path) -> int:
-    files = checkpoint.glob("*.safetensors") if checkpoint.is_dir() else [checkpoint]
-    return sum(file.stat().st_size for file in files)
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-
-
-def _versions() -> dict[str, str]:
-    import diffusers
-    import torch
-
-    from engine import __version__
-
-    return {
-        "nibble": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def page(report: Report, pictures: Path) -> str:
         (
             _head(report, title),
             _tiles(report),
-            _pictures(report, pictures),
+            _pictures(report, pictures) if report.columns else "",
             _advice(report, pictures),
             _layers(report),
             _made(report),
@@ -49,26 +49,18 @@ def page(report: Report, pictures: Path) -> str:
 
 def _head(report: Report, title: str) -> str:
     kept = f", {len(report.keep)} patterns kept in 16 bits" if report.keep else ""
+    painted = f": the same prompts, the same noise, {report.steps} steps" if report.columns else ""
     return (
         f"<header><p class=kicker>Quality report</p><h1>{_text(title)}</h1>"
-        f"<p>4-bit SVDQuant checkpoint, rank {report.rank}{kept}, against its 16-bit model: the same prompts, the same"
-        f" noise, {report.steps} steps.</p><p class=soft>{_text(report.device)} · {_text(report.date)}</p></header>"
+        f"<p>4-bit SVDQuant checkpoint, rank {report.rank}{kept}, against its 16-bit model{painted}.</p>"
+        f"<p class=soft>{_text(report.device)} · {_text(report.date)}</p></header>"
     )
 
 
 def _tiles(report: Report) -> str:
     smaller = report.bytes_16bit / max(1, report.bytes_file)
     tiles = [("Size", _mib(report.bytes_file), f"{smaller:.1f} times smaller than {_mib(report.bytes_16bit)}")]
-    column = report.columns[1]
-    mean = column.mean("psnr")
-    tiles.append(
-        ("PSNR", "equal" if mean is None else f"{mean:.1f} dB", f"{_text(column.label)}, mean, more is better")
-    )
-    tiles.append(("SSIM", f"{column.mean('ssim') or 0:.3f}", "1 is the same picture"))
-    lpips = column.mean("lpips")
-    tiles.append(
-        ("LPIPS", "–" if lpips is None else f"{lpips:.3f}", "not measured" if lpips is None else "0 is the same")
-    )
+    tiles += _distances(report.columns[1]) if report.columns else []
     errors = [record.error_w4a4 for record in report.layers if record.error_w4a4 is not None]
     naive = [record.naive_error for record in report.layers if record.naive_error is not None]
     if errors and naive:
@@ -77,6 +69,15 @@ def _tiles(report: Report) -> str:
     tiles.append(("Layers", str(len(report.layers)), "groups of linears in 4 bits"))
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd><p>{note}</p></div>" for name, value, note in tiles)
     return f"<dl class=tiles>{cells}</dl>"
+
+
+def _distances(column: Column) -> list[tuple[str, str, str]]:
+    psnr, lpips = column.mean("psnr"), column.mean("lpips")
+    return [
+        ("PSNR", "equal" if psnr is None else f"{psnr:.1f} dB", f"{_text(column.label)}, mean, more is better"),
+        ("SSIM", f"{column.mean('ssim') or 0:.3f}", "1 is the same picture"),
+        ("LPIPS", "–" if lpips is None else f"{lpips:.3f}", "not measured" if lpips is None else "0 is the same"),
+    ]
 
 
 def _pictures(report: Report, folder: Path) -> str:

@@ -19,37 +19,43 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     return low | (high << 4)
 
 
-def round_int4(weight: Tensor, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def round_int4(
+    weight: Tensor, importance: Tensor, dtype: torch.dtype, *, search: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Round `weight` (N, K) to signed codes -7..7; returns codes int8 (N, K), scales (N, K/64) and the rounded weight.
 
     Each group tries several clipping ratios of its largest value and keeps the one with the least squared error
-    weighted by `importance` (K), the mean square of the input channel; then the scale is refitted to its codes.
+    weighted by `importance` (K), the mean square of the input channel; then the scale is refitted to its codes. Without
+    `search` the largest value of a group is the largest code.
     """
-    if fused.takes(weight):
+    if search and fused.takes(weight):
         return fused.round_int4(weight.float(), importance.float(), dtype)
     groups, cost = _grouped(weight), _grouped(importance[None])
     largest = groups.abs().amax(-1, keepdim=True)
     best = _Best(groups)
-    for ratio in _RATIOS:
+    for ratio in _RATIOS if search else (1.0,):
         best.offer(*_round_at(groups, largest * (ratio / 7), cost, dtype))
-    # Least squares for the codes just chosen: the scale that explains the group best.
-    fitted = (cost * groups * best.codes).sum(-1, keepdim=True) / (cost * best.codes**2).sum(-1, keepdim=True)
-    best.offer(*_round_at(groups, torch.where(fitted.isfinite(), fitted, best.scales), cost, dtype))
+    if search:
+        # Least squares for the codes just chosen: the scale that explains the group best.
+        fitted = (cost * groups * best.codes).sum(-1, keepdim=True) / (cost * best.codes**2).sum(-1, keepdim=True)
+        best.offer(*_round_at(groups, torch.where(fitted.isfinite(), fitted, best.scales), cost, dtype))
     rounded = (best.codes * best.scales).reshape(weight.shape)
     return best.codes.reshape(weight.shape).to(torch.int8), best.scales.squeeze(-1).to(dtype), rounded
 
 
-def round_affine(weight: Tensor, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Round `weight` (N, K) to code * scale + zero with codes 0..15 (weight-only layers).
+def round_affine(
+    weight: Tensor, importance: Tensor, dtype: torch.dtype, *, group: int = GROUP, search: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Round `weight` (N, K) to code * scale + zero with codes 0..15 and a pair for each `group` (weight-only layers).
 
-    Returns codes uint8 (N, K), scales and zeros (N, K/64) and the rounded weight.
+    Returns codes uint8 (N, K), scales and zeros (N, K/group) and the rounded weight.
     """
-    groups, cost = _grouped(weight), _grouped(importance[None])
+    groups, cost = _grouped(weight, group), _grouped(importance[None], group)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     middle, half = (high + low) / 2, (high - low) / 2
     best_error = torch.full_like(low, torch.inf)
     best = (torch.zeros_like(groups), torch.ones_like(low), torch.zeros_like(low))
-    for ratio in _RATIOS:
+    for ratio in _RATIOS if search else (1.0,):
         scale = _positive((half * ratio * 2 / 15).to(dtype).float())
         zero = (middle - half * ratio).to(dtype).float()
         codes = ((groups - zero) / scale).round().clamp(0, 15)
@@ -90,8 +96,8 @@ def _round_at(groups: Tensor, scales: Tensor, cost: Tensor, dtype: torch.dtype) 
     return codes, scales, error
 
 
-def _grouped(matrix: Tensor) -> Tensor:
-    return matrix.float().unflatten(-1, (-1, GROUP))
+def _grouped(matrix: Tensor, size: int = GROUP) -> Tensor:
+    return matrix.float().unflatten(-1, (-1, size))
 
 
 def _positive(scales: Tensor) -> Tensor:

@@ -90,7 +90,10 @@ class _Job:
         self.groups = _without_kept(self.streamed, keep)
         size = GROUPS[recipe.precision]
         model_class = self.streamed.leaves.MODEL_CLASS
-        self.details = Quantization(model_class, self.streamed.config, recipe.precision, size, recipe.rank, keep)
+        shift = recipe.shift or not any(group.unsigned for found in self.groups.values() for group in found)
+        self.details = Quantization(
+            model_class, self.streamed.config, recipe.precision, size, recipe.rank, keep, gelu_shift=shift
+        )
 
     def request(self) -> dict[str, str]:
         """All that decides on the bytes of a block. Layout and place do not: they may change when a run goes on."""

@@ -1,4 +1,4 @@
-"""The 16-bit weights of a diffusers transformer, read from its safetensors files when they are asked for."""
+"""The 16-bit weights of a part of a model, read from its safetensors files when they are asked for."""
 
 from __future__ import annotations
 
@@ -17,34 +17,33 @@ from engine.errors import ModelError
 from engine.models.catalogue import ModelSpec
 from engine.models.loading import DTYPE
 
-__all__ = ["Weights", "transformer_folder"]
+__all__ = ["Weights", "part_folder"]
 
-_FILE = "diffusion_pytorch_model.safetensors"
-_INDEX = f"{_FILE}.index.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
-def transformer_folder(spec: ModelSpec) -> Path:
-    """Where the 16-bit transformer of `spec` lies on this machine; a hub model is downloaded once.
+def part_folder(spec: ModelSpec, part: str) -> Path:
+    """Where a part of the 16-bit `spec` ("transformer") lies on this machine; that of a hub model is downloaded once.
 
     Raises ModelError when it is nowhere.
     """
-    return Path(spec.source) / "transformer" if spec.local else subfolder(spec.source, "transformer")
+    return Path(spec.source) / part if spec.local else subfolder(spec.source, part)
 
 
 class Weights:
-    """Tensors of a transformer folder by their diffusers names; `config` is its config.json, `nbytes` the files' size.
+    """Tensors of a model's folder by their names; `config` is its config.json, `nbytes` the files' size.
 
-    Files are open only while they are read: an open one counts as memory in use, page by page, as it is looked at.
+    The files are called `stem`.safetensors, or what `stem`.safetensors.index.json says. They are open only while they
+    are read: an open one counts as memory in use, page by page, as it is looked at.
     Raises ModelError or CheckpointError when the folder is not whole.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stem: str = "diffusion_pytorch_model") -> None:
         self.folder = folder
         self.config = _read_json(folder / "config.json")
         self._where: dict[str, Path] = {}
         self.nbytes = 0
-        for path in _files(folder):
+        for path in _files(folder, f"{stem}.safetensors"):
             with TensorFiles(path) as files:
                 self._where |= dict.fromkeys(files, path)
             self.nbytes += path.stat().st_size
@@ -83,19 +82,20 @@ def _hash(tensor: Tensor) -> str:
     return found.hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
-    if (folder / _INDEX).is_file():
-        names = sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))
+def _files(folder: Path, file: str) -> list[Path]:
+    index = f"{file}.index.json"
+    if (folder / index).is_file():
+        names = sorted(set(_read_json(folder / index)["weight_map"].values()))
         return [folder / name for name in names]
-    if not (folder / _FILE).is_file():
+    if not (folder / file).is_file():
         raise ModelError(
-            f"{folder}: expected {_FILE} or {_INDEX} (weights of other kinds are never loaded), found neither"
+            f"{folder}: expected {file} or {index} (weights of other kinds are never loaded), found neither"
         )
-    return [folder / _FILE]
+    return [folder / file]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: expected the JSON file of a diffusers transformer folder ({error})") from error
+        raise ModelError(f"{path}: expected the JSON file of a model's folder ({error})") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from engine.checkpoint.files import check_keys
 from engine.errors import ModelError
+from engine.models.buffers import fill_buffers
 from engine.models.catalogue import ModelSpec
 from engine.models.families import family
 from engine.models.loading import DTYPE
 from engine.models.plan import LinearGroup
-from engine.quantize.source import Weights, transformer_folder
+from engine.quantize.source import Weights, part_folder
 
 __all__ = ["StreamedModel"]
 
@@ -34,7 +36,7 @@ class StreamedModel:
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         row = family(spec.family)
         self.leaves = row.leaves
-        self.weights, self.device = Weights(transformer_folder(spec)), device
+        self.weights, self.device = Weights(part_folder(spec, "transformer")), device
         named = self.weights.config.get("_class_name")
         if named != self.leaves.MODEL_CLASS:
             raise ModelError(f"{self.weights.folder}: holds a {named}, expected a {self.leaves.MODEL_CLASS}")
@@ -42,7 +44,7 @@ class StreamedModel:
             bare = row.transformer_class.from_config(self.weights.config).requires_grad_(False).eval()
         nn.Module.to(bare, DTYPE)  # diffusers' own `to` warns of what does not happen here
         check_keys(self.weights.folder, self.weights, bare.state_dict())
-        self._bare = bare
+        self._bare, self._build = bare, partial(row.transformer_class.from_config, self.weights.config)
         self.model: Any = self.leaves.prepare(copy.deepcopy(bare))
         self.groups: dict[str, list[LinearGroup]] = {}
         for group in self.leaves.plan(self.model):
@@ -63,6 +65,7 @@ class StreamedModel:
     def fill_rest(self) -> None:
         """Give everything outside the blocks its weights: with blocks that come and go the model then runs."""
         self.model.load_state_dict(self.rest(), strict=False, assign=True)
+        fill_buffers(self.model, self._build, self.device)
         for name, buffer in self.model.named_buffers():
             if buffer.is_meta:
                 raise ModelError(f"{self.weights.folder}: {name} is in no file, so this model cannot run in parts")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from bench import latency
 from bench.evaluation.memory import peak_of
@@ -44,6 +45,8 @@ def test_two_precisions_are_timed_and_told(tmp_path: Path, checkpoint: Path, cap
     text = (tmp_path / "tiny.md").read_text()
     assert text == capsys.readouterr().out.rstrip("\n") + "\n"
     assert text.count("| tiny | ") == 6
+    with Image.open(tmp_path / "tiny.png") as drawn:
+        assert drawn.width > 600
 
 
 def test_alone_holds_one_at_a_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

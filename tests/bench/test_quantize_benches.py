@@ -11,6 +11,9 @@ import torch
 from bench import quantize_full, quantize_outliers, rivals
 from bench.evaluation import cases, methods
 from bench.quantize_model import TINY, write_model
+from engine.errors import ArgumentError
+from engine.models.catalogue import ModelSpec
+from engine.quantize.rounding import round_int4
 from engine.quantize.source import Weights
 
 
@@ -57,12 +60,21 @@ def test_each_model_of_the_zoo_has_cases(model: str):
 
 def test_the_nearest_checkpoint_rounds_to_the_nearest():
     weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
-    with methods.nearest():
-        from engine.quantize import layer
-
-        codes, scales, rounded = layer.round_int4(weight, torch.ones(128), torch.float32)
+    assert not methods.METHODS["naive"].recipe.search
+    codes, scales, rounded = round_int4(weight, torch.ones(128), torch.float32, search=False)
     assert int(codes.abs().max()) == 7
     assert float(((weight - rounded).unflatten(1, (-1, 64)).abs().amax(-1) / scales).max()) <= 0.5001
+
+
+def test_pictures_of_other_weights_are_not_taken_again(tmp_path: Path):
+    for name in ("first", "second"):
+        write_model(tmp_path / name, TINY, torch.device("cpu"), outliers=4, size=20.0 if name == "first" else 30.0)
+    first, second = (ModelSpec("mine", "Mine", "flux", "FluxPipeline", str(tmp_path / n)) for n in ("first", "second"))
+    for _ in range(2):
+        methods.claim(tmp_path / "work", first, 16)
+    for spec, samples in ((second, 16), (first, 8)):
+        with pytest.raises(ArgumentError, match="holds pictures of other weights or samples of mine"):
+            methods.claim(tmp_path / "work", spec, samples)
 
 
 def test_the_table_marks_the_best():

@@ -13,7 +13,7 @@ from engine.quantize.__main__ import main
 from engine.quantize.progress import Bars
 from tests.quantize.conftest import contents
 
-QUICK = ["--rank", "16", "--rounds", "2", "--size", "256", "--steps", "2", "--device", "cpu"]
+QUICK = ["--no-report", "--rank", "16", "--rounds", "2", "--size", "256", "--steps", "2", "--device", "cpu"]
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import ArgumentError, CheckpointError, Engine, ModelError, Request
+from engine.models import loading
 from engine.models.catalogue import resolve
 from engine.models.families import family
 from engine.models.plan import get_linear
@@ -40,8 +41,21 @@ def test_a_block_holds_the_weights_of_the_whole_model_and_gives_them_back(model:
     assert all(torch.equal(seen[name], whole[name]) and seen[name].dtype == whole[name].dtype for name in whole)
 
 
-def test_calibration_reads_what_the_whole_model_reads(model: Path):
+def test_a_cpu_without_bf16_reads_nearly_the_same_in_float32(model: Path, monkeypatch: pytest.MonkeyPatch):
+    found = []
+    for has in (True, False):
+        monkeypatch.setattr(loading, "has_bf16_instructions", lambda _has=has: _has)
+        stream, spec = streamed(model), resolve(str(model))
+        seen = collect(stream, spec, check_prompts(spec, PROMPTS, 256, 2), CPU, lambda *_: None)
+        found.append({group.title: read.rows for _, groups in seen for group, read in groups.items()})
+    for name, exact in found[0].items():
+        assert exact.dtype == found[1][name].dtype == torch.bfloat16
+        assert float((found[1][name] - exact).float().norm() / exact.float().norm()) < 0.05, name
+
+
+def test_calibration_reads_what_the_whole_model_reads(model: Path, monkeypatch: pytest.MonkeyPatch):
     """Rows and largest values, against a plain run of the pipeline with everything in memory."""
+    monkeypatch.setattr(loading, "has_bf16_instructions", lambda: True)
     stream, spec = streamed(model), resolve(str(model))
     requests = check_prompts(spec, PROMPTS, 256, 2)
     found = {group.title: seen for _, groups in collect(stream, spec, requests, CPU, lambda *_: None)
