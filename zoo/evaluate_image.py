@@ -1,7 +1,7 @@
 """Score the models that start from a picture: Redux variations and mixes, and sketches painted in one step.
 
     python -m zoo.evaluate_image redux --redux zoo/weights/redux-tiny --probe zoo/weights/probe --out DIR
-    python -m zoo.evaluate_image sketch --lora zoo/weights/sketch-tiny --outline zoo/weights/outline \
+    python -m zoo.evaluate_image sketch --lora zoo/weights/sketch-tiny --outline zoo/weights/outline-tiny \
         --probe zoo/weights/probe --precisions bf16 int4@w4a4 int4@w4a8 --out DIR
 
 Held-out scenes with fixed seeds; all precisions start from the same noise. Written to --out: results.json (figures and
