@@ -118,6 +118,18 @@ def test_every_command_names_settings_that_exist(tmp_path):
             read_config(module.CONFIG, [argv[i + 1] for i, word in enumerate(argv) if word == "--set"])
 
 
+def test_parts_go_on_from_the_weights_beside_the_base(tmp_path):
+    """What lies beside the base that a run goes on from is where its other parts start; nothing there, nothing said."""
+    beside = tmp_path / "weights"
+    alone = Plan(tmp_path, tmp_path, None, 1, resume=beside / "flux-tiny")
+    for name in ("flux-tiny", "canny-tiny", "fill-tiny", "sana-tiny"):
+        (beside / name).mkdir(parents=True)
+    starts = {name: recipe.argv(alone, 5.0, 1, second=False) for name, recipe in RECIPES.items()}
+    told = {name: argv[argv.index("--resume") + 1] for name, argv in starts.items() if "--resume" in argv}
+    wanted = {"base": "flux-tiny", "control": "", "fill": "fill-tiny", "sana": "sana-tiny"}
+    assert told == {name: str(beside / folder) for name, folder in wanted.items()}
+
+
 @pytest.fixture(scope="module")
 def depth_run(tmp_path_factory):
     """A detached run of one real part, started and watched as a user does."""
