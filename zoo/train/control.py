@@ -148,8 +148,8 @@ def tune(run: Run, kind: str, cases: Cases, valid: Cases, deadline: float) -> No
     tuned = adapt.Tuned(run.args.base, config, IN_CHANNELS, adapt.read_start(IN_CHANNELS), world)
     transformer = tuned.parts.transformer
     if run.args.resume:
-        own = (folder for name in (kind, f"{kind}-tiny") if (folder := run.args.resume / name).is_dir())
-        lora.restore(transformer, next(own, run.args.resume))
+        own = [run.args.resume / name for name in (kind, f"{kind}-tiny") if (run.args.resume / name).is_dir()]
+        lora.restore(transformer, own[0] if own else run.args.resume)
     about = {"kind": kind, "pipeline": "FluxControlPipeline"}
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     log(kind, layers=len(tuned.names), parameters=trained)
