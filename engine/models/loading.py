@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,17 @@ def bf16_transformer(spec: ModelSpec, device: torch.device) -> Any:
 
 
 def quantized_transformer(
-    spec: ModelSpec, precision: str, backend: str, activation: Activation, device: torch.device
+    spec: ModelSpec,
+    precision: str,
+    backend: str,
+    activation: Activation,
+    device: torch.device,
+    progress: Callable[[str], None] | None = None,
 ) -> Any:
     """Load a 4-bit transformer of `spec` onto `device`, its linears re-tiled for `backend`."""
     from engine.models.install import load_quantized
 
-    path, row = _checkpoint_path(spec, precision), family(spec.family)
+    path, row = _checkpoint_path(spec, precision, progress), family(spec.family)
     return load_quantized(
         path, row.transformer_class, row.leaves, backend=backend, activation=activation, device=device, dtype=DTYPE
     )
@@ -125,15 +130,19 @@ def has_bf16_instructions() -> bool:
     return bool(known and known())
 
 
-def _checkpoint_path(spec: ModelSpec, precision: str) -> Path:
+def _checkpoint_path(spec: ModelSpec, precision: str, progress: Callable[[str], None] | None) -> Path:
     place = spec.checkpoints[precision]
     path = Path(place)
     if path.exists():
         return path
+    if spec.makes(precision):
+        from engine.quantize.made import nvfp4
+
+        return nvfp4(spec, progress)
     if path.is_absolute() or place.count("/") != 2:
         raise CheckpointError(
             f"{place}: the {precision} checkpoint of {spec.name} is not there; make it with"
-            f" python -m engine.quantize {spec.source} --out {place}"
+            f" python -m engine.quantize {spec.source} --precision {precision} --out {place}"
         )
     from huggingface_hub import hf_hub_download
 

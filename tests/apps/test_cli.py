@@ -44,7 +44,7 @@ def test_help_imports_neither_gradio_nor_torch():
     [
         (["--model", "tinny"], "model: expected one of"),
         (["--model", "./nowhere"], "model: expected one of"),
-        (["--precisions", "int3"], "Tiny FLUX has bf16, int4, got int3"),
+        (["--precisions", "int3"], "Tiny FLUX has bf16, int4, nvfp4, got int3"),
         (["--precisions", "int4", "int4"], "expected each once"),
         (["--device", "tpu"], "device: expected auto, cpu or cuda"),
         (["--port", "99999"], "expected a port from 1 to 65535"),

@@ -32,11 +32,11 @@ def ask(client, column: str):
 def test_a_name_says_precision_and_numbers():
     assert models.parted("int4") == ("int4", None)
     assert models.parted("int4-w4a4") == ("int4", "w4a4")
-    asked = (*COLUMNS, "int4", "bf16-w4a4", "int4-w2a2", "int4-", "fp8")
-    assert [name for name in asked if models.has_column(TINY, name)] == [*COLUMNS, "int4"]
+    asked = (*COLUMNS, "int4", "nvfp4", "nvfp4-w4a4", "bf16-w4a4", "int4-w2a2", "int4-", "fp8")
+    assert [name for name in asked if models.has_column(TINY, name)] == [*COLUMNS, "int4", "nvfp4", "nvfp4-w4a4"]
 
 
-@pytest.mark.parametrize("name", ["bf16-w4a4", "int4-w2a2", "nvfp4"])
+@pytest.mark.parametrize("name", ["bf16-w4a4", "int4-w2a2", "fp8"])
 def test_a_column_that_cannot_be_is_named(name):
     with pytest.raises(ArgumentError, match=f"got {name}"):
         cli.open_studio(APP, arguments("--model", "tiny", "--precisions", name))
