@@ -92,8 +92,8 @@ def add_groups(this: argparse.ArgumentParser) -> Any:
         "--precisions",
         nargs="+",
         metavar="P",
-        help="a column each, painted in this order: bf16, int4 (the default), nvfp4; int4-w4a8 and int4-w4a4 for columns "
-        "with 8-bit and 4-bit numbers",
+        help="a column each, painted in this order: bf16, int4 (the default), nvfp4; int4-w4a8 and int4-w4a4 for "
+        "columns with 8-bit and 4-bit numbers",
     )
     models.add_argument(
         "--activation", default="auto", choices=("auto", *ACTIVATIONS),
@@ -203,7 +203,7 @@ def _with_encoder(choice: Choice, encoder: str | None) -> Choice:
 
 
 def precisions_of(spec: ModelSpec, asked: Sequence[str] | None) -> tuple[str, ...]:
-    """The precisions asked for, or the model's usual ones. Raises ArgumentError for one it has not, or twice the same."""
+    """The precisions asked for, or the usual ones. Raises ArgumentError for one that `spec` lacks, or twice the same."""
     from engine import ArgumentError
 
     precisions = tuple(asked or spec.usual)

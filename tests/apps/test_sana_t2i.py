@@ -6,20 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apps.sana_t2i.run import APP
-from tests.apps.conftest import really_served, visit
-
 PROMPT = "a cyan sphere and a red cylinder under a blue sky"
 
 
-@pytest.fixture(scope="module")
-def served():
-    with really_served(APP, "--model", "tiny-sana") as opened:
-        yield opened
+@pytest.fixture
+def served(small_house):
+    return small_house[0], small_house[1]["sana_t2i"]
 
 
 def painted(client, **values) -> np.ndarray:
-    file, facts = client.predict(prompt=PROMPT, seed=3, **values, api_name="/generate")
+    file, facts = client.predict(prompt=PROMPT, seed=3, **values, api_name="/sana_t2i")
     assert facts["settings"]["model"] == "tiny-sana"
     with Image.open(file if isinstance(file, str) else file["path"]) as picture:
         return np.asarray(picture.convert("RGB")).astype(int)
@@ -49,17 +45,4 @@ def test_sizes_are_true(served):
 def test_a_pag_scale_out_of_range_is_answered_in_words(served, pag):
     client, _ = served
     with pytest.raises(Exception, match="pag: expected a number from 0 to 10"):
-        client.predict(prompt=PROMPT, pag=pag, api_name="/generate")
-
-
-@pytest.mark.browser
-@pytest.mark.slow
-def test_a_visitor_paints_with_both(browser, served):
-    client, studio = served
-    with visit(browser, client.src) as tab:
-        tab.locator(".nb-example").first.click()
-        tab.wait_for_function("document.querySelector('#nb-prompt textarea').value.includes('cyan sphere')")
-        tab.locator("#nb-generate:not([disabled])").click()
-        for precision in studio.pool.precisions:
-            tab.locator(f"#nb-image-{precision} img").wait_for(timeout=120_000)
-        tab.locator("#nb-slider").wait_for(timeout=60_000)
+        client.predict(prompt=PROMPT, pag=pag, api_name="/sana_t2i")

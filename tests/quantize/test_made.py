@@ -1,4 +1,4 @@
-"""NVFP4 for a small model that ships without: made once of the 16-bit weights, kept, and made anew for other weights."""
+"""NVFP4 for a small model that ships without: made once of its 16-bit weights and kept, made anew for others."""
 
 from __future__ import annotations
 
@@ -62,5 +62,7 @@ def test_other_weights_get_one_of_their_own_and_one_that_ships_is_taken(shipped:
 def test_a_cache_that_cannot_be_written_is_said(shipped: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
-    with pytest.raises(CheckpointError, match="cannot be kept there .* name another folder in XDG_CACHE_HOME, or make"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be kept there .* name another folder in XDG_CACHE_HOME, or make"
+    ):
         made.nvfp4(shipped)
