@@ -20,11 +20,13 @@ from engine.models.catalogue import ModelSpec
 if TYPE_CHECKING:
     from apps.common.shelf import Shelf
     from apps.common.studio import Room, Studio
+    from safety import Checker, ImageChecker
 
 __all__ = [
     "add_groups",
     "bare_parser",
     "begin",
+    "checkers_of",
     "launch",
     "loader_for",
     "main",
@@ -39,6 +41,7 @@ __all__ = [
 
 ASSETS = Path(__file__).with_name("assets")
 CHECKERS = ("words", "qwen3guard", "shieldgemma", "off")
+IMAGE_CHECKERS = ("off", "nsfw")
 T5_4BIT = "nunchaku-tech/nunchaku-t5/awq-int4-flux.1-t5xxl.safetensors"
 
 _EXAMPLES = """examples:
@@ -119,9 +122,14 @@ def _add_serving(this: argparse.ArgumentParser) -> None:
 
 
 def _add_safety(this: argparse.ArgumentParser) -> None:
-    safety = this.add_argument_group("which prompts are refused")
+    safety = this.add_argument_group("which prompts are refused, and which pictures")
     safety.add_argument("--safety", default="words", choices=CHECKERS, help="the prompt checker (default words)")
     safety.add_argument("--safety-path", metavar="PATH", help="folder or hub id of that checker's weights")
+    safety.add_argument(
+        "--safety-images", default="off", choices=IMAGE_CHECKERS,
+        help="judge each picture before it is shown, and switch previews off; nsfw finds explicit ones (default off)",
+    )  # fmt: skip
+    safety.add_argument("--safety-images-path", metavar="PATH", help="folder or hub id of that checker's weights")
 
 
 def _port(text: str) -> int:
@@ -164,23 +172,36 @@ def begin() -> None:
 
 
 def open_studio(app: App, args: argparse.Namespace, loader: Callable[..., Any] | None = None) -> Studio:
-    """Choose the model, load the safety checker and begin to load the engines.
+    """Choose the model, load the safety checkers and begin to load the engines.
 
     Raises ModelError, ArgumentError or SafetyError with one sentence; a checker that fails to load ends the start.
     """
     from apps.common.shelf import Shelf
     from apps.common.studio import Studio
     from apps.deploy import zero
-    from safety import load_checker
 
     rooms = rooms_of(app, args, Shelf(loader or loader_for(args)))
-    # On ZeroGPU prompts are judged before a GPU is lent.
-    checker = load_checker(args.safety, device="cpu" if zero.here() else args.device, path=args.safety_path)
+    checkers = checkers_of(args)
     if zero.here():
         zero.borrow([room.pool for room in rooms])
     else:
         rooms[0].pool.start()
-    return Studio(app, rooms, checker)
+    return Studio(app, rooms, *checkers)
+
+
+def checkers_of(args: argparse.Namespace) -> tuple[Checker, ImageChecker | None]:
+    """What judges prompts, and what judges pictures where that is asked for.
+
+    Raises SafetyError for one that cannot be loaded.
+    """
+    from apps.deploy import zero
+    from safety import load_checker, load_image_checker
+
+    # On ZeroGPU both judge while no GPU is lent.
+    device, pictures = "cpu" if zero.here() else args.device, args.safety_images
+    return load_checker(args.safety, device=device, path=args.safety_path), (
+        None if pictures == "off" else load_image_checker(pictures, device=device, path=args.safety_images_path)
+    )
 
 
 def rooms_of(app: App, args: argparse.Namespace, shelf: Shelf) -> list[Room]:
@@ -203,7 +224,7 @@ def _with_encoder(choice: Choice, encoder: str | None) -> Choice:
 
 
 def precisions_of(spec: ModelSpec, asked: Sequence[str] | None) -> tuple[str, ...]:
-    """The precisions asked for, or the usual ones. Raises ArgumentError for one that `spec` lacks, or twice the same."""
+    """The precisions asked for, or the usual ones. Raises ArgumentError for one that `spec` lacks, or one twice."""
     from engine import ArgumentError
 
     precisions = tuple(asked or spec.usual)

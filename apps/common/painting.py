@@ -14,7 +14,20 @@ from PIL.Image import Image
 from apps.common import columns, comparison, history, panels
 from apps.common.columns import HIDDEN
 from apps.common.comparison import Shot
-from apps.common.runner import Began, Desk, Event, Failed, Finished, Job, Loads, Stepped, Stopped, Unloaded, events
+from apps.common.runner import (
+    Began,
+    Desk,
+    Event,
+    Failed,
+    Finished,
+    Job,
+    Loads,
+    Stepped,
+    Stopped,
+    Unloaded,
+    Withheld,
+    events,
+)
 from apps.common.studio import Studio
 from engine import Request, RequestError
 from engine.request import MAX_SEED
@@ -113,7 +126,7 @@ class Painter:
     def _file(self, job: Job, data: dict, request: gr.Request) -> dict:
         """Leave a job for `run` to claim; what the page shows until then."""
         page = self.page
-        job.preview = bool(data.get(page.preview))
+        job.preview = self.studio.previews and bool(data.get(page.preview))
         if not self.studio.desk.open(session(request), job):
             return {page.message: panels.message("A picture is being painted; Stop ends it.", "note")}
         job.seeds = _seeds(job.request.seed, data.get(page.batch) or 1)
@@ -237,6 +250,8 @@ class Painter:
         if isinstance(event, Stepped):
             shape = job.request.width or 1, job.request.height or 1
             updates[column.canvas] = columns.canvas(event.step.index / event.step.total, *shape, event.preview)
+        if isinstance(event, Withheld):
+            updates[self.page.message] = panels.withheld(event.verdict)
         return updates
 
     def _refused(self, card: str) -> dict:
@@ -276,6 +291,8 @@ def _head(event: Event) -> str:
         return columns.step_status(event.precision, event.step)
     if isinstance(event, Stopped):
         return columns.status(event.precision, "stopped", "Stopped")
+    if isinstance(event, Withheld):
+        return columns.status(event.precision, "stopped", "Painted, and withheld")
     if isinstance(event, Unloaded):
         return columns.status(event.precision, "failed", "Not loaded; the reason stands at the top of the page.")
     if isinstance(event, Failed):

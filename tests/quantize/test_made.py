@@ -62,7 +62,5 @@ def test_other_weights_get_one_of_their_own_and_one_that_ships_is_taken(shipped:
 def test_a_cache_that_cannot_be_written_is_said(shipped: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
-    with pytest.raises(
-        CheckpointError, match=r"cannot be kept there .* name another folder in XDG_CACHE_HOME, or make"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot be kept there .* another folder in XDG_CACHE_HOME"):
         made.nvfp4(shipped)
