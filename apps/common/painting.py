@@ -59,8 +59,8 @@ def wire(page: Page, studio: Studio) -> Callable[..., Any] | None:
     started = [page.message, page.generate, page.stop, page.controls["seed"], *painter.columns]
     started += [page.seen] if page.seen is not None else []
     compared, kept = page.comparison, page.history
-    shown = [page.message, compared.box, compared.verdict, compared.scores, compared.slider, compared.map]
-    shown += [compared.legend, compared.shots, kept.box, kept.gallery, kept.entries, page.last, page.last_seed]
+    shown = [page.message, compared.verdict, compared.scores, compared.slider, compared.map]
+    shown += [compared.legend, compared.shots, kept.gallery, kept.entries, page.last, page.last_seed]
     shown += painter.columns
     begun = gr.on(
         [page.generate.click, page.controls["prompt"].submit],  # pyright: ignore[reportAttributeAccessIssue]
@@ -216,7 +216,7 @@ class Painter:
 
     def _one(self, job: Job, entries: list[history.Entry], data: dict) -> Generator[dict, None, list[history.Entry]]:
         """The same noise in each precision. Returns the history with what was painted."""
-        yield {self.page.comparison.box: gr.update(visible=HIDDEN), self.page.comparison.shots: {}}
+        yield {self.page.comparison.slider: gr.update(value=None), self.page.comparison.shots: {}}
         shots: dict[str, Shot] = {}
         for event in events(job.pool or self.studio.pool, job):
             if isinstance(event, Finished):
@@ -269,7 +269,6 @@ class Painter:
             page.columns[newest].image: gr.update(value=shots[newest].path, visible=True),
             page.columns[newest].reuse: gr.update(visible=True if self.studio.app.reuse else HIDDEN),
             page.comparison.shots: dict(shots),
-            page.history.box: gr.update(visible=True),
             page.history.gallery: gr.update(value=history.items(entries), selected_index=None),
             page.history.entries: entries,
             page.last: job.request.seed,

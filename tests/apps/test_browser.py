@@ -22,6 +22,8 @@ def text(tab, selector: str) -> str:
 def test_a_visitor_gets_two_pictures_and_compares_them(browser, page):
     with visit(browser, page.url) as tab:
         assert "Tiny FLUX" in text(tab, "#nb-banner")
+        for empty in ("#nb-compare", "#nb-history"):
+            assert not tab.locator(empty).is_visible(), "there is nothing to compare and to keep yet"
         screenshots.paint(tab, PROMPT, 7, 60)
         for precision in ("bf16", "int4"):
             picture = tab.locator(f"#nb-image-{precision} img")
@@ -126,6 +128,8 @@ def test_stop_really_stops_and_so_does_leaving_the_page(browser, every_step):
             tab.locator("#nb-generate").click()
             served.gate.release(1)
             tab.locator("#nb-status-bf16", has_text="Step 1 of 12").wait_for()
+            tab.locator("#nb-compare").wait_for(state="hidden")
+            assert tab.locator("#nb-history").is_visible()
             job = next(iter(served.studio.desk._jobs.values()))
         assert job.stop.wait(30)
 

@@ -74,11 +74,12 @@ def test_three_columns_fill_and_any_is_compared_with_bf16(browser, served, view)
 
 
 @pytest.mark.browser
-def test_on_a_phone_three_columns_leave_room_to_draw(browser):
-    flags = ("--model", "tiny-sketch", "--precisions", *COLUMNS)
+def test_on_a_phone_four_columns_leave_room_to_draw(browser):
+    flags = ("--model", "tiny-sketch", "--precisions", *COLUMNS, "nvfp4")
     with serving(*flags, app=SKETCH) as page, visit(browser, page.url, "phone") as tab:
         tab.locator("#nb-live input").uncheck()
         box = tab.locator("#nb-results").bounding_box()
         assert box["height"] < screenshots.VIEWS["phone"]["viewport"]["height"] / 2
         tab.locator("#nb-options button").first.click(timeout=10_000)
         tab.locator("#nb-style").wait_for()
+        assert "4-bit floats" in tab.locator("#nb-status-nvfp4").inner_text()

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from apps.sana_t2i.run import APP
+from tests.apps.conftest import really_served
+
 PROMPT = "a cyan sphere and a red cylinder under a blue sky"
 
 
@@ -14,10 +17,14 @@ def served(small_house):
     return small_house[0], small_house[1]["sana_t2i"]
 
 
+def path_of(file) -> str:
+    return file if isinstance(file, str) else file["path"]
+
+
 def painted(client, **values) -> np.ndarray:
     file, facts = client.predict(prompt=PROMPT, seed=3, **values, api_name="/sana_t2i")
     assert facts["settings"]["model"] == "tiny-sana"
-    with Image.open(file if isinstance(file, str) else file["path"]) as picture:
+    with Image.open(path_of(file)) as picture:
         return np.asarray(picture.convert("RGB")).astype(int)
 
 
@@ -46,3 +53,16 @@ def test_a_pag_scale_out_of_range_is_answered_in_words(served, pag):
     client, _ = served
     with pytest.raises(Exception, match="pag: expected a number from 0 to 10"):
         client.predict(prompt=PROMPT, pag=pag, api_name="/sana_t2i")
+
+
+@pytest.mark.slow
+def test_nvfp4_is_a_column_whose_weights_are_made_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with really_served(APP, "--precisions", "nvfp4", "bf16") as (client, studio):
+        assert studio.pool.precisions == ("nvfp4", "bf16")
+        file, facts = client.predict(PROMPT, seed=3, steps=4, precision="nvfp4", api_name="/generate")
+        exact, _ = client.predict(PROMPT, seed=3, steps=4, precision="bf16", api_name="/generate")
+    assert facts["settings"]["precision"] == "nvfp4"
+    assert [path.name.startswith("sana-tiny-nvfp4-") for path in (tmp_path / "nibble-studio").glob("*[!k]")] == [True]
+    a, b = (np.asarray(Image.open(path_of(one)).convert("RGB")).astype(float) for one in (file, exact))
+    assert 10 * np.log10(255**2 / np.mean((a - b) ** 2)) > 15, "the same picture, more or less"
