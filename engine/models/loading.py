@@ -122,6 +122,20 @@ def settle_vae_on_cpu(vae: torch.nn.Module) -> None:
         vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     else:
         torch.nn.Module.to(vae, torch.float32)  # diffusers' own `to` warns of what it does not do
+        _mind_formats(vae)
+
+
+def _mind_formats(vae: torch.nn.Module) -> None:
+    """Let a float32 VAE read pictures of any format and give latents in the transformer's.
+
+    The pipelines that encode a picture (Control, Fill) take VAE and transformer to be of one format.
+    """
+    encoder = getattr(vae, "encoder", None)
+    if encoder is None:
+        return
+    last = getattr(vae, "quant_conv", None) or encoder
+    encoder.register_forward_pre_hook(lambda _module, given: (given[0].float(), *given[1:]))
+    last.register_forward_hook(lambda _module, _given, latents: latents.to(DTYPE))
 
 
 def has_bf16_instructions() -> bool:

@@ -100,7 +100,7 @@ USES = {
 def test_a_new_visitor_gets_two_pictures_and_compares_them(browser, small_house, slug, view, tmp_path):
     client, studios = small_house
     with visit(browser, client.src, view, slug) as tab:
-        if view == "phone":
+        if (slug, view) != ("flux_t2i", "light"):  # one goes all the way
             set_steps(tab, studios[slug], 4)
         USES[slug](tab)
         screenshots.wait_for_both(tab, SECONDS)
