@@ -63,7 +63,7 @@ def add(entries: list[Entry], path: str, result: Result, values: Mapping[str, An
     """The entries with this picture in front, at most LIMIT of them."""
     words = str(values.get("prompt", "")).strip()
     short = words if len(words) <= 60 else words[:59] + "…"
-    caption = f"{result.precision.upper()} · seed {result.seed} · {short}"
+    caption = " · ".join([result.precision.upper(), f"seed {result.seed}", *([short] if short else [])])
     return [Entry(path, caption, dict(values)), *entries][:LIMIT]
 
 
