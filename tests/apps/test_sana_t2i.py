@@ -65,5 +65,6 @@ def test_nvfp4_is_a_column_whose_weights_are_made_on_the_way(tmp_path, monkeypat
     assert facts["settings"]["precision"] == "nvfp4"
     made = sorted(path.name.rpartition("-")[0] for path in tmp_path.glob("nibble-studio/*") if path.is_dir())
     assert made == ["sana-tiny-nvfp4"] * studio.choice.spec.makes("nvfp4"), "one that ships is taken as it is"
-    a, b = (np.asarray(Image.open(path_of(one)).convert("RGB")).astype(float) for one in (file, exact))
+    with Image.open(path_of(file)) as one, Image.open(path_of(exact)) as other:
+        a, b = (np.asarray(picture.convert("RGB")).astype(float) for picture in (one, other))
     assert 10 * np.log10(255**2 / np.mean((a - b) ** 2)) > 15, "the same picture, more or less"
