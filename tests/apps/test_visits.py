@@ -149,10 +149,11 @@ def set_steps(tab, studio, steps: int) -> None:
         screenshots.set_steps(tab, steps)
 
 
-def began(tab, studio) -> None:
+def began(tab, studio, seed: int) -> None:
     """Press Generate and wait for the first step; a sketch is over with its first."""
+    screenshots.set_seed(tab, seed)
     tab.locator("#nb-generate").click()
-    tab.locator("#nb-status-bf16", has_text=re.compile("Step|Done" if studio.app.live else "Step")).wait_for()
+    tab.locator("#nb-status-bf16", has_text=f"Done, seed {seed}" if studio.app.live else "Step").wait_for()
 
 
 def done(tab, seed: int) -> None:
@@ -174,7 +175,7 @@ def test_two_tabs_take_turns_one_stops_and_goes_on_and_one_is_closed_in_the_midd
                 done(tab, seed)
 
             set_steps(first, studio, 50)
-            began(first, studio)
+            began(first, studio, 5)
             if first.locator("#nb-stop").is_enabled():
                 first.locator("#nb-stop").click()
             if not studio.app.live:
@@ -186,7 +187,7 @@ def test_two_tabs_take_turns_one_stops_and_goes_on_and_one_is_closed_in_the_midd
             done(first, 3)
 
             set_steps(first, studio, 50)
-            began(first, studio)
+            began(first, studio, 6)
             jobs = list(studio.desk._jobs.values())
         assert jobs or studio.app.live
         assert all(job.stop.wait(SECONDS) for job in jobs)
@@ -200,12 +201,12 @@ def test_odd_files_leave_the_page_usable(browser, small_house, slug, tmp_path):
     client, studios = small_house
     # Gradio's editor notes in the console that it cannot decode a damaged file, so the console is not looked at here.
     tab = context_of(browser, "light").new_page()
-    tab.goto(client.src + slug)
-    tab.locator("#nb-banner .nb-load-ready").wait_for(timeout=1000 * SECONDS)
-    if studios[slug].app.live:
-        tab.locator("#nb-live input").uncheck()
     name = "canvas" if slug in ("sketch", "fill") else "picture"
     for number, kind in enumerate(("damaged", "one pixel") if name == "canvas" else ("damaged",)):
+        tab.goto(client.src + slug)
+        tab.locator("#nb-banner .nb-load-ready").wait_for(timeout=1000 * SECONDS)
+        if studios[slug].app.live:
+            tab.locator("#nb-live input").uncheck()
         tab.locator(f"#nb-{name} input[type=file]").first.set_input_files(saved(tmp_path, kind))
         screenshots.wait_for_quiet(tab)
         write(tab, "a red cube")
