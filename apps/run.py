@@ -53,14 +53,13 @@ def open_studios(args: argparse.Namespace, loader: Any = None) -> list[Any]:
     """
     from apps.common.shelf import Shelf
     from apps.common.studio import Studio
-    from safety import load_checker
 
     shelf, rooms = Shelf(loader or cli.loader_for(args)), []
     for app in apps():
         args.model = app.models[0] if args.small else "auto"
         rooms.append(cli.rooms_of(app, args, shelf))
-    checker = load_checker(args.safety, device=args.device, path=args.safety_path)
-    return [Studio(app, found, checker) for app, found in zip(apps(), rooms, strict=True)]
+    checkers = cli.checkers_of(args)
+    return [Studio(app, found, *checkers) for app, found in zip(apps(), rooms, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -93,7 +93,13 @@ def _model(spec: Any) -> dict[str, Any]:
     for precision, place in spec.checkpoints.items():
         repository, _, file = place.rpartition("/")
         here[precision] = Path(place).exists() or _cached(repository, file)
-    return {"name": spec.name, "source": spec.source, "on_this_machine": here, "download_gib": spec.download_gib}
+    return {
+        "name": spec.name,
+        "source": spec.source,
+        "on_this_machine": here,
+        "made_when_asked_for": [precision for precision in spec.checkpoints if here["bf16"] and spec.makes(precision)],
+        "download_gib": spec.download_gib,
+    }
 
 
 def _cached(repository: str, file: str) -> bool:
@@ -138,6 +144,7 @@ def _print(report: dict[str, Any]) -> None:
     print("\nmodels on this machine:")
     for model in report["models"]:
         have = [precision for precision, here in model["on_this_machine"].items() if here]
+        have += [f"{precision} (made when asked for)" for precision in model["made_when_asked_for"]]
         print(f"  {model['name']:<16} {', '.join(have) or _absent(model)}")
 
 

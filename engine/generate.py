@@ -17,7 +17,7 @@ import torch
 from engine import graphs, ops
 from engine.devices import pick_device
 from engine.errors import ArgumentError, Cancelled
-from engine.linear import resolve_activation
+from engine.linear import SVDQuantLinear, resolve_activation
 from engine.memory import PeakMeter, module_bytes
 from engine.models import loading
 from engine.models.catalogue import ModelSpec, resolve
@@ -86,7 +86,8 @@ class Engine:
             else:
                 tell(f"loading the {precision.upper()} transformer of {spec.title}")
                 backend, kind = ops.backends.select(where).name, resolve_activation(activation, where)
-                transformer = loading.quantized_transformer(spec, precision, backend, kind, where)
+                transformer = loading.quantized_transformer(spec, precision, backend, kind, where, tell)
+                backend = _backend_of(transformer) or backend
             loading.add_lora(spec, transformer)
             if share is None:
                 tell(f"loading text encoders and VAE of {spec.title}")
@@ -193,6 +194,11 @@ class Engine:
         if stopped:
             raise Cancelled("the run was stopped")
         return latents, watch.paused if watch else 0.0
+
+
+def _backend_of(transformer: torch.nn.Module) -> str:
+    """The backends that the 4-bit layers really have: what one cannot run is packed for the reference path."""
+    return "+".join(sorted({layer.backend for layer in transformer.modules() if isinstance(layer, SVDQuantLinear)}))
 
 
 class _Clock:

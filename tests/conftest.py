@@ -1,9 +1,10 @@
-"""A browser for the tests that look at pages."""
+"""A browser for the tests that look at pages, and a picture checker for those that judge them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +24,31 @@ def browser() -> Iterator:
         opened = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
         yield opened
         opened.close()
+
+
+@pytest.fixture(scope="session")
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of the real classes with random weights."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from safety.nsfw import ViTImageProcessorPil
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        id2label={0: "normal", 1: "nsfw"},
+        label2id={"normal": 0, "nsfw": 1},
+        initializer_range=0.5,
+    )
+    folder = tmp_path_factory.mktemp("nsfw")
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+        folder
+    )
+    return folder

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from apps.common.runner import Failed, Finished, Job, events
+from apps.common.runner import Failed, Finished, Job, Withheld, events
 from apps.common.studio import Studio
 from engine import RequestError
 
@@ -57,6 +57,8 @@ def _answer(studio: Studio, job: Job) -> tuple[dict, dict]:
             path = studio.pictures.save(event.result, own)
             facts = {"settings": event.result.settings(own), "measurements": event.result.measurements()}
             return gr.FileData(path=path, mime_type="image/png").model_dump(), facts
+        if isinstance(event, Withheld):
+            raise gr.Error(event.verdict.reason, print_exception=False)
         if isinstance(event, Failed):
             raise gr.Error(event.text, print_exception=False)
     raise gr.Error("The run ended without a picture.", print_exception=False)

@@ -29,6 +29,7 @@ def picture(name: str, label: str, describe: str, place: str = "picture") -> Con
             image_mode=None,
             sources=["upload", "clipboard"],
             height=300 if place == "picture" else 180,
+            placeholder="Upload, drop or paste a picture here",
             elem_id=f"nb-{name}",
         )
 

@@ -1,4 +1,4 @@
-"""The one command line of all apps: flags in, a served page out."""
+"""The one command line of all apps: flags (flags.py) in, a served page out."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.common.app import App
-from apps.common.models import ACTIVATIONS, Choice, beside, choose, has_column, parted
+from apps.common.flags import add_groups, bare_parser, parser
+from apps.common.models import Choice, beside, choose, has_column, parted
 from engine import EngineError
-from engine.models import catalogue
 from engine.models.catalogue import ModelSpec
 
 if TYPE_CHECKING:
     from apps.common.shelf import Shelf
     from apps.common.studio import Room, Studio
+    from safety import Checker, ImageChecker
 
 __all__ = [
     "add_groups",
     "bare_parser",
     "begin",
+    "checkers_of",
     "launch",
     "loader_for",
     "main",
@@ -38,102 +40,6 @@ __all__ = [
 ]
 
 ASSETS = Path(__file__).with_name("assets")
-CHECKERS = ("words", "qwen3guard", "shieldgemma", "off")
-T5_4BIT = "nunchaku-tech/nunchaku-t5/awq-int4-flux.1-t5xxl.safetensors"
-
-_EXAMPLES = """examples:
-  {run}
-      the small model, on this machine, no download; opens at http://127.0.0.1:7860
-  {run} --model {large} --device cuda
-      a large model; its weights are fetched once
-  {run} --precisions int4
-      one column, half the memory
-  {run} --precisions int4 bf16
-      4-bit first
-  {run} --host 0.0.0.0 --port 8080
-      for others on your network
-  {run} --safety qwen3guard --safety-path DIR
-      a checker with weights you have in DIR
-
-The page is an API too; "Use by API or MCP" at its foot lists the parameters of /generate, as does this:
-  python -c 'import gradio_client; gradio_client.Client("http://127.0.0.1:7860").view_api()'"""
-
-
-def parser(app: App) -> argparse.ArgumentParser:
-    """The parser that every app uses."""
-    run = f"python apps/{app.slug}/run.py"
-    large = next((name for name in app.models if not catalogue.resolve(name).local), app.models[-1])
-    examples = _EXAMPLES.replace("{run}", run).replace("{large}", large)
-    this = bare_parser(run, f"Nibble Studio, {app.title}. {app.summary}", examples)
-    models = add_groups(this)
-    models.add_argument(
-        "--model", default="auto", metavar="M",
-        help=f"auto (a large model where a CUDA device and its weights are here, else {app.models[0]}), "
-        f"{', '.join(app.models)}, a diffusers folder or a hub id (default auto)",
-    )  # fmt: skip
-    models.add_argument(
-        "--qencoder", "--use-qencoder", dest="qencoder", nargs="?", const=T5_4BIT, metavar="FILE",
-        help="a 4-bit T5 text encoder for cards with little memory: a file or a hub name (default: the published one)",
-    )  # fmt: skip
-    return this
-
-
-def bare_parser(run: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser with no flags yet."""
-    return argparse.ArgumentParser(
-        prog=run, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-
-def add_groups(this: argparse.ArgumentParser) -> Any:
-    """Add the flags that all pages share; returns the group of those that say what paints."""
-    models = this.add_argument_group("what paints")
-    models.add_argument(
-        "--precisions",
-        nargs="+",
-        metavar="P",
-        help="a column each, painted in this order: bf16, int4 (default: all the model has); int4-w4a8 and int4-w4a4 "
-        "for columns with 8-bit and 4-bit numbers",
-    )
-    models.add_argument(
-        "--activation", default="auto", choices=("auto", *ACTIVATIONS),
-        help="numbers that go into the 4-bit layers: 8 bits (w4a8) or 4 (w4a4); auto, the default, is what this device "
-        "does fastest",
-    )  # fmt: skip
-    models.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda[:index] (default auto)")
-    _add_serving(this)
-    _add_safety(this)
-    return models
-
-
-def _add_serving(this: argparse.ArgumentParser) -> None:
-    serving = this.add_argument_group("where the page is")
-    serving.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all (default %(default)s)"
-    )
-    serving.add_argument("--port", type=_port, metavar="N", help="default: the first free one from 7860")
-    serving.add_argument("--share", action="store_true", help="also open a public link; off unless you ask")
-    serving.add_argument("--root-path", default="", metavar="PATH", help="sub-path behind a reverse proxy")
-    serving.add_argument("--max-queue", type=_positive, default=20, metavar="N", help="runs that may wait (default 20)")
-    serving.add_argument("--open-browser", action="store_true", help="open the page when it is up")
-
-
-def _add_safety(this: argparse.ArgumentParser) -> None:
-    safety = this.add_argument_group("which prompts are refused")
-    safety.add_argument("--safety", default="words", choices=CHECKERS, help="the prompt checker (default words)")
-    safety.add_argument("--safety-path", metavar="PATH", help="folder or hub id of that checker's weights")
-
-
-def _port(text: str) -> int:
-    if text.isdecimal() and 1 <= int(text) <= 65535:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
-
-
-def _positive(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
 
 
 def main(app: App, argv: Sequence[str] | None = None) -> int:
@@ -164,23 +70,36 @@ def begin() -> None:
 
 
 def open_studio(app: App, args: argparse.Namespace, loader: Callable[..., Any] | None = None) -> Studio:
-    """Choose the model, load the safety checker and begin to load the engines.
+    """Choose the model, load the safety checkers and begin to load the engines.
 
     Raises ModelError, ArgumentError or SafetyError with one sentence; a checker that fails to load ends the start.
     """
     from apps.common.shelf import Shelf
     from apps.common.studio import Studio
     from apps.deploy import zero
-    from safety import load_checker
 
     rooms = rooms_of(app, args, Shelf(loader or loader_for(args)))
-    # On ZeroGPU prompts are judged before a GPU is lent.
-    checker = load_checker(args.safety, device="cpu" if zero.here() else args.device, path=args.safety_path)
+    checkers = checkers_of(args)
     if zero.here():
         zero.borrow([room.pool for room in rooms])
     else:
         rooms[0].pool.start()
-    return Studio(app, rooms, checker)
+    return Studio(app, rooms, *checkers)
+
+
+def checkers_of(args: argparse.Namespace) -> tuple[Checker, ImageChecker | None]:
+    """What judges prompts, and what judges pictures where that is asked for.
+
+    Raises SafetyError for one that cannot be loaded.
+    """
+    from apps.deploy import zero
+    from safety import load_checker, load_image_checker
+
+    # On ZeroGPU both judge while no GPU is lent.
+    device, pictures = "cpu" if zero.here() else args.device, args.safety_images
+    return load_checker(args.safety, device=device, path=args.safety_path), (
+        None if pictures == "off" else load_image_checker(pictures, device=device, path=args.safety_images_path)
+    )
 
 
 def rooms_of(app: App, args: argparse.Namespace, shelf: Shelf) -> list[Room]:
@@ -203,10 +122,10 @@ def _with_encoder(choice: Choice, encoder: str | None) -> Choice:
 
 
 def precisions_of(spec: ModelSpec, asked: Sequence[str] | None) -> tuple[str, ...]:
-    """The precisions asked for, or all of the model's. Raises ArgumentError for one it has not, or twice the same."""
+    """The precisions asked for, or the usual ones. Raises ArgumentError for one that `spec` lacks, or one twice."""
     from engine import ArgumentError
 
-    precisions = tuple(asked or spec.precisions)
+    precisions = tuple(asked or spec.usual)
     unknown = [name for name in precisions if not has_column(spec, name)]
     if unknown:
         raise ArgumentError(f"precisions: {spec.title} has {', '.join(spec.precisions)}, got {', '.join(unknown)}")

@@ -9,7 +9,7 @@ from html import escape
 import gradio as gr
 
 from apps.common import compare, words
-from apps.common.columns import HIDDEN, REFERENCE
+from apps.common.columns import REFERENCE
 from apps.common.pictures import Pictures
 from engine import Result
 
@@ -38,7 +38,6 @@ _LPIPS = (
 class Comparison:
     """The components; `shots` is session state: the pictures of the last run, by precision."""
 
-    box: gr.Column
     verdict: gr.HTML
     scores: gr.HTML
     slider: gr.ImageSlider
@@ -58,9 +57,9 @@ class Shot:
 
 
 def build(precisions: Sequence[str]) -> Comparison:
-    """Lay out the comparison; hidden until two pictures of one request are there."""
+    """Lay out the comparison; the style sheet hides it as long as the slider has no pictures."""
     others = [precision for precision in precisions if precision != pair(precisions)[0]] or list(precisions)
-    with gr.Column(visible=HIDDEN, elem_id="nb-compare", elem_classes=["nb-section"]) as box:
+    with gr.Column(elem_id="nb-compare", elem_classes=["nb-section"]):
         line = gr.HTML(elem_id="nb-verdict")
         other = gr.Radio(
             [(name.upper(), name) for name in others], value=others[0], label="Compare with", visible=len(others) > 1
@@ -94,7 +93,7 @@ def build(precisions: Sequence[str]) -> Comparison:
                 )
                 key = gr.HTML(legend(AMPLIFICATION))
                 amplify = gr.Slider(1, 32, AMPLIFICATION, step=1, label="Amplify the difference", elem_id="nb-amplify")
-    return Comparison(box, line, numbers, slider, difference, amplify, key, other, gr.State({}))
+    return Comparison(line, numbers, slider, difference, amplify, key, other, gr.State({}))
 
 
 def pair(precisions: Sequence[str]) -> tuple[str, str]:
@@ -109,7 +108,6 @@ def shown(parts: Comparison, shots: Mapping[str, Shot], other: str, amplify: flo
         return {}
     first, second = _shown_pair(shots, other)
     return {
-        parts.box: gr.update(visible=True),
         parts.verdict: verdict(first.result, second.result),
         parts.scores: scores(first.result, second.result),
         parts.slider: gr.update(value=(first.path, second.path)),

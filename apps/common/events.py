@@ -10,7 +10,6 @@ import gradio as gr
 from PIL import Image
 
 from apps.common import comparison, controls, history, painting, panels, pictures, recalling, styles
-from apps.common.columns import HIDDEN
 from apps.common.comparison import Shot
 from apps.common.painting import PRIVATE
 from apps.common.studio import Studio
@@ -191,7 +190,7 @@ def _wire_comparison(page: Page, studio: Studio) -> None:
         return drawn[parts.map], drawn[parts.legend]
 
     state: Any = [parts.shots, parts.other, parts.amplify]
-    shown = [parts.box, parts.verdict, parts.scores, parts.slider, parts.map, parts.legend]
+    shown = [parts.verdict, parts.scores, parts.slider, parts.map, parts.legend]
     parts.other.input(redraw, inputs=state, outputs=shown, queue=False, **PRIVATE)
     parts.amplify.release(remap, inputs=state, outputs=[parts.map, parts.legend], queue=False, **PRIVATE)
 
@@ -208,12 +207,12 @@ def _wire_history(page: Page, studio: Studio) -> None:
         return _filled(page, studio, dict(entries[index].values)) | {page.message: ""}
 
     def clear() -> tuple[Any, ...]:
-        return [], [], None, gr.update(interactive=False), gr.update(visible=HIDDEN)
+        return [], [], None, gr.update(interactive=False)
 
     kept.gallery.select(select, outputs=[kept.selected, kept.reuse], queue=False, **PRIVATE)
     state: Any = [kept.entries, kept.selected]
     kept.reuse.click(reuse, inputs=state, outputs=_fillable(page), queue=False, **PRIVATE)
-    emptied = [kept.entries, kept.gallery, kept.selected, kept.reuse, kept.box]
+    emptied = [kept.entries, kept.gallery, kept.selected, kept.reuse]
     kept.clear.click(clear, outputs=emptied, queue=False, **PRIVATE)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import gradio as gr
 
-from apps.common.columns import HIDDEN
 from engine import Result
 
 __all__ = ["LIMIT", "Entry", "History", "add", "build", "items"]
@@ -29,7 +28,6 @@ class Entry:
 class History:
     """The components; `entries` and `selected` are session state."""
 
-    box: gr.Column
     gallery: gr.Gallery
     reuse: gr.Button
     clear: gr.Button
@@ -38,8 +36,8 @@ class History:
 
 
 def build() -> History:
-    """Lay out the history; hidden until there is a picture."""
-    with gr.Column(visible=HIDDEN, elem_id="nb-history", elem_classes=["nb-section"]) as box:
+    """Lay out the history; the style sheet hides it as long as there is no picture."""
+    with gr.Column(elem_id="nb-history", elem_classes=["nb-section"]):
         gr.HTML(
             '<div class="nb-section-head"><h2>This session</h2>'
             f"<p>The last {LIMIT} pictures. Each PNG carries its settings; “Recall from PNG” reads them back.</p></div>"
@@ -58,14 +56,14 @@ def build() -> History:
         with gr.Row(elem_classes=["nb-tools"]):
             reuse = gr.Button("Reuse these settings", size="sm", interactive=False, elem_id="nb-reuse")
             clear = gr.Button("Clear", size="sm", elem_id="nb-clear")
-    return History(box, gallery, reuse, clear, gr.State([]), gr.State(None))
+    return History(gallery, reuse, clear, gr.State([]), gr.State(None))
 
 
 def add(entries: list[Entry], path: str, result: Result, values: Mapping[str, Any]) -> list[Entry]:
     """The entries with this picture in front, at most LIMIT of them."""
     words = str(values.get("prompt", "")).strip()
     short = words if len(words) <= 60 else words[:59] + "…"
-    caption = f"{result.precision.upper()} · seed {result.seed} · {short}"
+    caption = " · ".join([result.precision.upper(), f"seed {result.seed}", *([short] if short else [])])
     return [Entry(path, caption, dict(values)), *entries][:LIMIT]
 
 

@@ -75,7 +75,8 @@ def downloaded(spec: ModelSpec) -> bool:
     if spec.local:
         return True
     index = _cached(spec.source, "model_index.json")
-    return index is not None and _whole(index) and all(_checkpoint_here(where) for where in spec.checkpoints.values())
+    checkpoints = [spec.checkpoints[name] for name in spec.usual if name in spec.checkpoints]
+    return index is not None and _whole(index) and all(map(_checkpoint_here, checkpoints))
 
 
 def _whole(index: Path) -> bool:

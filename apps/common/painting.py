@@ -14,7 +14,20 @@ from PIL.Image import Image
 from apps.common import columns, comparison, history, panels
 from apps.common.columns import HIDDEN
 from apps.common.comparison import Shot
-from apps.common.runner import Began, Desk, Event, Failed, Finished, Job, Loads, Stepped, Stopped, Unloaded, events
+from apps.common.runner import (
+    Began,
+    Desk,
+    Event,
+    Failed,
+    Finished,
+    Job,
+    Loads,
+    Stepped,
+    Stopped,
+    Unloaded,
+    Withheld,
+    events,
+)
 from apps.common.studio import Studio
 from engine import Request, RequestError
 from engine.request import MAX_SEED
@@ -46,8 +59,8 @@ def wire(page: Page, studio: Studio) -> Callable[..., Any] | None:
     started = [page.message, page.generate, page.stop, page.controls["seed"], *painter.columns]
     started += [page.seen] if page.seen is not None else []
     compared, kept = page.comparison, page.history
-    shown = [page.message, compared.box, compared.verdict, compared.scores, compared.slider, compared.map]
-    shown += [compared.legend, compared.shots, kept.box, kept.gallery, kept.entries, page.last, page.last_seed]
+    shown = [page.message, compared.verdict, compared.scores, compared.slider, compared.map]
+    shown += [compared.legend, compared.shots, kept.gallery, kept.entries, page.last, page.last_seed]
     shown += painter.columns
     begun = gr.on(
         [page.generate.click, page.controls["prompt"].submit],  # pyright: ignore[reportAttributeAccessIssue]
@@ -113,7 +126,7 @@ class Painter:
     def _file(self, job: Job, data: dict, request: gr.Request) -> dict:
         """Leave a job for `run` to claim; what the page shows until then."""
         page = self.page
-        job.preview = bool(data.get(page.preview))
+        job.preview = self.studio.previews and bool(data.get(page.preview))
         if not self.studio.desk.open(session(request), job):
             return {page.message: panels.message("A picture is being painted; Stop ends it.", "note")}
         job.seeds = _seeds(job.request.seed, data.get(page.batch) or 1)
@@ -203,7 +216,7 @@ class Painter:
 
     def _one(self, job: Job, entries: list[history.Entry], data: dict) -> Generator[dict, None, list[history.Entry]]:
         """The same noise in each precision. Returns the history with what was painted."""
-        yield {self.page.comparison.box: gr.update(visible=HIDDEN), self.page.comparison.shots: {}}
+        yield {self.page.comparison.slider: gr.update(value=None), self.page.comparison.shots: {}}
         shots: dict[str, Shot] = {}
         for event in events(job.pool or self.studio.pool, job):
             if isinstance(event, Finished):
@@ -237,6 +250,8 @@ class Painter:
         if isinstance(event, Stepped):
             shape = job.request.width or 1, job.request.height or 1
             updates[column.canvas] = columns.canvas(event.step.index / event.step.total, *shape, event.preview)
+        if isinstance(event, Withheld):
+            updates[self.page.message] = panels.withheld(event.verdict)
         return updates
 
     def _refused(self, card: str) -> dict:
@@ -254,7 +269,6 @@ class Painter:
             page.columns[newest].image: gr.update(value=shots[newest].path, visible=True),
             page.columns[newest].reuse: gr.update(visible=True if self.studio.app.reuse else HIDDEN),
             page.comparison.shots: dict(shots),
-            page.history.box: gr.update(visible=True),
             page.history.gallery: gr.update(value=history.items(entries), selected_index=None),
             page.history.entries: entries,
             page.last: job.request.seed,
@@ -276,6 +290,8 @@ def _head(event: Event) -> str:
         return columns.step_status(event.precision, event.step)
     if isinstance(event, Stopped):
         return columns.status(event.precision, "stopped", "Stopped")
+    if isinstance(event, Withheld):
+        return columns.status(event.precision, "stopped", "Painted, and withheld")
     if isinstance(event, Unloaded):
         return columns.status(event.precision, "failed", "Not loaded; the reason stands at the top of the page.")
     if isinstance(event, Failed):

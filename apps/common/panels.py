@@ -25,6 +25,7 @@ __all__ = [
     "rooms",
     "seen",
     "sign",
+    "withheld",
 ]
 
 ASSETS = Path(__file__).with_name("assets")
@@ -155,11 +156,20 @@ def message(text: str, tone: str = "problem") -> str:
 
 def refusal(verdict: Verdict) -> str:
     """A refused prompt: the reason, who judged, and that nothing was changed."""
+    return _refused("This prompt was refused", verdict, "Nothing was painted, and your prompt is as you wrote it.")
+
+
+def withheld(verdict: Verdict) -> str:
+    """A picture that was painted and not shown: the reason, who judged, and what became of it."""
+    return _refused("The picture is not shown", verdict, "It is kept nowhere, and your prompt is as you wrote it.")
+
+
+def _refused(title: str, verdict: Verdict, rest: str) -> str:
     category = escape((verdict.category or "not allowed").replace("_", " "))
     return (
-        '<div class="nb-refusal" role="alert"><h3>This prompt was refused</h3>'
-        f"<p>{escape(verdict.reason)}</p><p><small>Category: {category}. Checker: {escape(verdict.checker)}, "
-        f"score {verdict.score:.2f}. Nothing was painted, and your prompt is as you wrote it.</small></p></div>"
+        f'<div class="nb-refusal" role="alert"><h3>{title}</h3><p>{escape(verdict.reason)}</p>'
+        f"<p><small>Category: {category}. Checker: {escape(verdict.checker)}, score {verdict.score:.2f}. {rest}"
+        "</small></p></div>"
     )
 
 

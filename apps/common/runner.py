@@ -20,6 +20,8 @@ from engine import Cancelled, EngineError, Request, Result, Step
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from safety import Verdict
+
 __all__ = [
     "Began",
     "Desk",
@@ -31,7 +33,9 @@ __all__ = [
     "Stepped",
     "Stopped",
     "Unloaded",
+    "Withheld",
     "events",
+    "judged",
     "on_device",
 ]
 
@@ -87,6 +91,13 @@ class Unloaded(Failed):
     """Its engine could not be loaded, which the page says at its top."""
 
 
+@dataclass(frozen=True)
+class Withheld(Event):
+    """It was painted, and the picture checker refused it; the picture is kept nowhere."""
+
+    verdict: Verdict
+
+
 @dataclass
 class Job:
     """One press of Generate: what to run, and the flag that stops it."""
@@ -100,6 +111,7 @@ class Job:
     preview: bool = False
     seeds: tuple[int, ...] = ()
     finish: Callable[[Image, Request], Image] | None = None
+    judge: Callable[[Image], Verdict] | None = None
 
     def with_seed(self, seed: int) -> Job:
         """The same job from other noise; Stop ends both."""
@@ -170,7 +182,7 @@ def _one(pool: Pool, job: Job, precision: str, feed: _Feed) -> Event:
         result = replace(result, precision=precision)
         if job.finish is not None:
             result = replace(result, image=job.finish(result.image, result.request))
-        return Finished(precision, result)
+        return judged(Finished(precision, result), job)
     except Cancelled:
         return Stopped(precision)
     except LoadFailed as error:
@@ -180,6 +192,14 @@ def _one(pool: Pool, job: Job, precision: str, feed: _Feed) -> Event:
     except Exception as error:
         log.exception("the run in %s failed", precision)
         return Failed(precision, sentence(error))
+
+
+def judged(event: Event, job: Job) -> Event:
+    """The event, or where it brings a picture that the job's judge refuses, that it was withheld."""
+    if job.judge is None or not isinstance(event, Finished):
+        return event
+    verdict = job.judge(event.result.image)
+    return event if verdict.allowed else Withheld(event.precision, verdict)
 
 
 def _reporter(precision: str, feed: _Feed, preview: bool) -> Callable[[Step], None]:

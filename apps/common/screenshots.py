@@ -34,6 +34,7 @@ __all__ = [
     "paint",
     "paint_example",
     "set_seed",
+    "set_steps",
     "shoot",
     "wait_for_both",
     "wait_for_quiet",
@@ -72,6 +73,15 @@ def set_seed(page: Page, seed: int) -> None:
     """Type a seed, which also switches "New seed each time" off."""
     page.locator("#nb-seed input").fill(str(seed))
     page.locator("#nb-seed input").blur()
+
+
+def set_steps(page: Page, steps: int) -> None:
+    """Type a number of steps, with the options open."""
+    number = page.locator("#nb-steps input[type=number]")
+    if not number.is_visible():
+        page.locator("#nb-options button").first.click()
+    number.fill(str(steps))
+    number.blur()
 
 
 def wait_for_both(page: Page, timeout: float = LONGEST) -> None:

@@ -173,7 +173,7 @@ def _options(
         )  # fmt: skip
         preview = gr.Checkbox(
             True, label="Preview while painting", info="Its time is not counted", elem_id="nb-live-preview",
-            visible=studio.app.live is None,
+            visible=studio.previews,
         )  # fmt: skip
     return aspect, preview, batch
 

@@ -16,7 +16,7 @@ from apps.common.pool import Pool
 from apps.common.runner import Desk, Job
 from engine import Request, RequestError
 from engine.models.catalogue import ModelSpec
-from safety import Checker, Verdict
+from safety import Checker, ImageChecker, Verdict
 
 __all__ = ["Room", "Studio"]
 
@@ -37,13 +37,17 @@ class Room:
 class Studio:
     """One running app with the models its page can switch between, the first one first. All have the same precisions.
 
+    `checker` judges prompts; `image_checker`, where there is one, every picture before it is shown.
     Starting the engines (`pool.start()`) and building the page are the caller's.
     """
 
-    def __init__(self, app: App, rooms: Sequence[Room], checker: Checker) -> None:
+    def __init__(
+        self, app: App, rooms: Sequence[Room], checker: Checker, image_checker: ImageChecker | None = None
+    ) -> None:
         self.app = app
         self.rooms = {room.spec.name: room for room in rooms}
         self.checker = checker
+        self.image_checker = image_checker
         self.pictures = Pictures(app.slug)
         self.desk = Desk()
 
@@ -70,6 +74,11 @@ class Studio:
         if not isinstance(name, str) or name not in self.rooms:
             raise RequestError("model", f"model: expected one of {', '.join(self.rooms)}, got {name!r}")
         return self.rooms[name]
+
+    @property
+    def previews(self) -> bool:
+        """Whether a page can show where a run leads: not of a single step, nor what nobody has judged yet."""
+        return self.app.live is None and self.image_checker is None
 
     @property
     def controls(self) -> tuple[Control, ...]:
@@ -108,7 +117,8 @@ class Studio:
     def job(self, values: Mapping[str, Any], precisions: Sequence[str]) -> Job:
         """What one press of Generate, or one call, asks for. Raises RequestError naming the field that is wrong."""
         finish = None if self.app.finish is None else partial(self.app.finish, values=self._given(values))
-        return Job(self.request(values), precisions, values, pool=self.room(values).pool, finish=finish)
+        judge = None if self.image_checker is None else self.image_checker.check_image
+        return Job(self.request(values), precisions, values, pool=self.room(values).pool, finish=finish, judge=judge)
 
     def own_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Those control values that only this app has, fit to be written into a picture's file."""

@@ -76,7 +76,8 @@ class Plan:
 
     def _places(self, spec: ModelSpec) -> list[str]:
         kinds = dict.fromkeys(parted(name)[0] for name in self.precisions)
-        checkpoints = [spec.checkpoints[name] for name in kinds if name in spec.checkpoints]
+        # What does not ship is made there, as here.
+        checkpoints = [spec.checkpoints[name] for name in kinds if name in spec.checkpoints and not spec.makes(name)]
         return [place for place in (spec.source, *checkpoints, spec.lora, spec.prior) if place]
 
 

@@ -33,7 +33,7 @@ _FOUR_BIT = 2.0
 # The fork, text encoders and VAE; and a GiB of weights on its way to the GPU.
 _START, _GIB = 5.0, 0.5
 # Fields of a job that stay in this process.
-_AT_HOME = ("stop", "claimed", "pool", "values")
+_AT_HOME = ("stop", "claimed", "pool", "values", "judge")
 
 
 def here() -> bool:
@@ -87,7 +87,7 @@ def _unpinned() -> AbstractContextManager[Any]:
 
 def _relay(paint: Callable[..., Any], job: Job) -> Iterator[Event]:
     """What comes back from the fork, and an end for each precision whatever happens to it."""
-    from apps.common.runner import Failed, Finished, Stopped
+    from apps.common.runner import Failed, Finished, Stopped, judged
 
     left = list(job.precisions)
     if job.stop.is_set():
@@ -96,9 +96,10 @@ def _relay(paint: Callable[..., Any], job: Job) -> Iterator[Event]:
     with closing(paint(_cargo(job))) as painting:
         try:
             for event in painting:
+                shown = judged(event, job)
                 if isinstance(event, Finished | Failed | Stopped):
                     left.remove(event.precision)
-                yield event
+                yield shown
                 if job.stop.is_set():
                     break
         except Exception as error:

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", default="tiny", help="tiny (ships with the project), schnell, dev, a folder or a hub id"
     )
     parser.add_argument(
-        "--precision", nargs="+", default=["bf16", "int4"], metavar="P", help="bf16, int4 (default: both)"
+        "--precision", nargs="+", default=["bf16", "int4"], metavar="P", help="bf16, int4 (default: both), nvfp4"
     )
     parser.add_argument(
         "--activation", default="auto", help="what 4-bit layers see: auto, w4a8 (8-bit) or w4a4 (4-bit)"

@@ -19,6 +19,8 @@ from engine.models.families import FAMILIES, family_of_pipeline, is_transformer
 __all__ = ["CATALOGUE", "ModelSpec", "Range", "names", "resolve", "zoo_folder"]
 
 _LORA = "pytorch_lora_weights.safetensors"
+# 4-bit precisions, and what published files call them.
+_PUBLISHED = {"int4": "int4", "nvfp4": "fp4"}
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,15 @@ class ModelSpec:
         """Precisions this model can run in, BF16 first."""
         return ("bf16", *self.checkpoints)
 
+    @property
+    def usual(self) -> tuple[str, ...]:
+        """Those it runs in unless others are asked for: NVFP4 only where there is no INT4."""
+        return tuple(name for name in self.precisions if name != "nvfp4" or "int4" not in self.checkpoints)
+
+    def makes(self, precision: str) -> bool:
+        """Whether that checkpoint does not ship, and is made of the 16-bit weights instead (engine.quantize.made)."""
+        return self.ships and precision == "nvfp4" and not Path(self.checkpoints[precision]).exists()
+
 
 def zoo_folder() -> Path:
     """Folder of the small models that ship with the project; ENGINE_ZOO overrides it."""
@@ -87,11 +98,17 @@ def zoo_folder() -> Path:
     return Path(override) if override else Path(__file__).resolve().parents[2] / "zoo" / "weights"
 
 
+def _beside(folder: Path) -> dict[str, str]:
+    """Where the 4-bit checkpoints of a folder belong."""
+    return {precision: str(folder.with_name(f"{folder.name}-{precision}")) for precision in _PUBLISHED}
+
+
 def _flux(name: str, title: str, repository: str, **overrides: object) -> ModelSpec:
     settings: dict[str, object] = {
         "source": f"black-forest-labs/{repository}",
         "checkpoints": {
-            "int4": f"nunchaku-tech/nunchaku-{name}/svdq-int4_r32-{name}.safetensors",
+            precision: f"nunchaku-tech/nunchaku-{name}/svdq-{kind}_r32-{name}.safetensors"
+            for precision, kind in _PUBLISHED.items()
         },
         "pipeline": "FluxPipeline",
         "licence": "FLUX.1 [dev] Non-Commercial License",
@@ -115,7 +132,7 @@ def _tiny() -> ModelSpec:
         family="flux",
         pipeline="FluxPipeline",
         source=str(zoo / "flux-tiny"),
-        checkpoints={"int4": str(zoo / "flux-tiny-int4")},
+        checkpoints=_beside(zoo / "flux-tiny"),
         steps=Range(12, 1, 50),
         guidance=Range(4.5, 1.0, 6.0, 0.1),
         size=Range(256, 128, 512, 16),
@@ -153,7 +170,7 @@ def _tiny_sana() -> ModelSpec:
         family="sana",
         pipeline="SanaPAGPipeline",
         source=str(zoo / "sana-tiny"),
-        checkpoints={"int4": str(zoo / "sana-tiny-int4")},
+        checkpoints=_beside(zoo / "sana-tiny"),
         steps=Range(20, 1, 50),
         guidance=Range(4.5, 1.0, 10.0, 0.1),
         size=Range(256, 256, 512, 32),
@@ -254,7 +271,7 @@ def resolve(model: str | ModelSpec) -> ModelSpec:
 
 
 def _from_folder(folder: Path) -> ModelSpec:
-    """Read a diffusers folder's own index; 4-bit checkpoints beside it are found by the suffix -int4."""
+    """Read a diffusers folder's own index; 4-bit checkpoints beside it are found by -int4 and -nvfp4."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(f"model: {folder} holds no model_index.json, so it is not a diffusers pipeline folder")
@@ -264,8 +281,7 @@ def _from_folder(folder: Path) -> ModelSpec:
         return known
     pipeline = json.loads(index.read_text()).get("_class_name", "")
     row = family_of_pipeline(pipeline)
-    beside = folder.with_name(folder.name + "-int4")
-    checkpoints = {"int4": str(beside)} if beside.exists() else {}
+    checkpoints = {precision: place for precision, place in _beside(folder).items() if Path(place).exists()}
     if row is None and is_transformer(named := _transformer_class(folder)):
         return _other(named, folder.name, str(folder), pipeline, checkpoints)
     if row is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,17 @@ def bf16_transformer(spec: ModelSpec, device: torch.device) -> Any:
 
 
 def quantized_transformer(
-    spec: ModelSpec, precision: str, backend: str, activation: Activation, device: torch.device
+    spec: ModelSpec,
+    precision: str,
+    backend: str,
+    activation: Activation,
+    device: torch.device,
+    progress: Callable[[str], None] | None = None,
 ) -> Any:
     """Load a 4-bit transformer of `spec` onto `device`, its linears re-tiled for `backend`."""
     from engine.models.install import load_quantized
 
-    path, row = _checkpoint_path(spec, precision), family(spec.family)
+    path, row = _checkpoint_path(spec, precision, progress), family(spec.family)
     return load_quantized(
         path, row.transformer_class, row.leaves, backend=backend, activation=activation, device=device, dtype=DTYPE
     )
@@ -79,9 +84,6 @@ def pipeline(spec: ModelSpec, transformer: Any, device: torch.device, share: Any
                 part.to(device).eval().requires_grad_(False)
         if device.type == "cpu":
             settle_vae_on_cpu(pipe.vae)
-    if pipe.vae.dtype != transformer.dtype:
-        # Control pipelines give the transformer what the VAE made of a picture, in the VAE's format.
-        transformer.register_forward_pre_hook(_in_own_dtype, with_kwargs=True)
     pipe.set_progress_bar_config(disable=True)
     with _explained(spec):
         runner(spec).settle(pipe, spec, device, share)
@@ -120,14 +122,20 @@ def settle_vae_on_cpu(vae: torch.nn.Module) -> None:
         vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     else:
         torch.nn.Module.to(vae, torch.float32)  # diffusers' own `to` warns of what it does not do
-        if (encoder := getattr(vae, "encoder", None)) is not None:
-            encoder.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))  # fill sends 16 bits
+        _mind_formats(vae)
 
 
-def _in_own_dtype(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if "hidden_states" in kwargs:
-        kwargs["hidden_states"] = kwargs["hidden_states"].to(model.dtype)
-    return args, kwargs
+def _mind_formats(vae: torch.nn.Module) -> None:
+    """Let a float32 VAE read pictures of any format and give latents in the transformer's.
+
+    The pipelines that encode a picture (Control, Fill) take VAE and transformer to be of one format.
+    """
+    encoder = getattr(vae, "encoder", None)
+    if encoder is None:
+        return
+    last = getattr(vae, "quant_conv", None) or encoder
+    encoder.register_forward_pre_hook(lambda _module, given: (given[0].float(), *given[1:]))
+    last.register_forward_hook(lambda _module, _given, latents: latents.to(DTYPE))
 
 
 def has_bf16_instructions() -> bool:
@@ -136,15 +144,19 @@ def has_bf16_instructions() -> bool:
     return bool(known and known())
 
 
-def _checkpoint_path(spec: ModelSpec, precision: str) -> Path:
+def _checkpoint_path(spec: ModelSpec, precision: str, progress: Callable[[str], None] | None) -> Path:
     place = spec.checkpoints[precision]
     path = Path(place)
     if path.exists():
         return path
+    if spec.makes(precision):
+        from engine.quantize.made import nvfp4
+
+        return nvfp4(spec, progress)
     if path.is_absolute() or place.count("/") != 2:
         raise CheckpointError(
             f"{place}: the {precision} checkpoint of {spec.name} is not there; make it with"
-            f" python -m engine.quantize {spec.source} --out {place}"
+            f" python -m engine.quantize {spec.source} --precision {precision} --out {place}"
         )
     from huggingface_hub import hf_hub_download
 

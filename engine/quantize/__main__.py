@@ -19,7 +19,7 @@ _EXAMPLES = """examples:
   python -m engine.quantize dev --out svdq-int4_r32-mine.safetensors --format nunchaku --calib prompts.txt
 
 A folder opens in the apps and in python -m engine.generate when it lies beside the model's own folder under the same
-name with -int4 added. docs/quantize.md tells the rest."""
+name with -int4 (or -nvfp4) added. docs/quantize.md tells the rest."""
 
 
 _STAGES = {

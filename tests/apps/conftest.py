@@ -26,12 +26,13 @@ def arguments(*flags: str) -> argparse.Namespace:
 
 
 class Served:
-    """A studio with fake engines; `gate`, when there is one, lets one step pass a release."""
+    """An app with fake engines; `gate`, when there is one, lets one step pass a release."""
 
-    def __init__(self, *flags: str, gated: bool = False) -> None:
+    def __init__(self, *flags: str, gated: bool = False, app: App = APP) -> None:
         self.gate = threading.Semaphore(0) if gated else None
         self.engines: dict[str, FakeEngine] = {}
-        self.studio: Studio = cli.open_studio(APP, arguments(*flags), loader(self.gate, self.engines))
+        args = cli.parser(app).parse_args([*flags])
+        self.studio: Studio = cli.open_studio(app, args, loader(self.gate, self.engines))
         self.demo: Any = None
 
     @property
@@ -49,8 +50,8 @@ class Served:
 
 
 @contextmanager
-def serving(*flags: str, gated: bool = False) -> Iterator[Served]:
-    page = Served(*flags, gated=gated).serve()
+def serving(*flags: str, gated: bool = False, app: App = APP) -> Iterator[Served]:
+    page = Served(*flags, gated=gated, app=app).serve()
     try:
         yield page
     finally:
@@ -71,24 +72,41 @@ def really_served(app: App, *flags: str) -> Iterator[tuple[Client, Studio]]:
         studio.pictures.close()
 
 
+def context_of(browser, view: str):
+    """The browser's context of a view: one for the session, so that Gradio's scripts are fetched and compiled once."""
+    context = next((one for one in browser.contexts if getattr(one, "view", None) == view), None)
+    if context is None:
+        context = browser.new_context(**screenshots.VIEWS[view], accept_downloads=True)
+        context.view = view
+    return context
+
+
+def forget(tab) -> None:
+    """What a page keeps in the browser is not there for the next visitor; closes the tab."""
+    tab.evaluate("localStorage.clear(); sessionStorage.clear()")
+    tab.context.clear_cookies()
+    tab.close()
+
+
 @contextmanager
 def visit(browser, url: str, view: str = "light", slug: str = "") -> Iterator:
     """A visitor's tab; leaves only when the console is free of errors and nothing was asked of another host.
 
     `slug` is the page of an app, where `url` is a house.
     """
-    context = browser.new_context(**screenshots.VIEWS[view], accept_downloads=True)
-    tab = context.new_page()
+    tab = context_of(browser, view).new_page()
     wrong: list[str] = []
     tab.on("console", lambda message: message.type == "error" and wrong.append(message.text))
     tab.on("pageerror", lambda error: wrong.append(str(error)))
     tab.on("response", lambda answer: answer.status >= 400 and wrong.append(f"{answer.status} {answer.url}"))
     tab.on("request", lambda asked: (asked.url.startswith(("http", "ws")) and asked.url.startswith(url)) or
            asked.url.startswith(("data:", "blob:")) or wrong.append(f"asked {asked.url}"))  # fmt: skip
-    tab.goto(url + slug)
-    tab.locator("#nb-banner .nb-load-ready").wait_for(timeout=120_000)
-    yield tab
-    context.close()
+    try:
+        tab.goto(url + slug)
+        tab.locator("#nb-banner .nb-load-ready").wait_for(timeout=120_000)
+        yield tab
+    finally:
+        forget(tab)
     assert wrong == []
 
 

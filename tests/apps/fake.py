@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from apps.common.models import parted
 from engine import Cancelled, Request, Result, Step
 from engine.models.catalogue import ModelSpec
 
-STEP_SECONDS = {"bf16": 0.02, "int4": 0.01}
+STEP_SECONDS = {"bf16": 0.02, "int4": 0.01, "nvfp4": 0.01}
 
 
 class FakeEngine:
@@ -38,13 +39,13 @@ class FakeEngine:
         for index in range(1, int(request.steps or 0) + 1):
             if self.gate is not None:
                 self.gate.acquire()
-            threading.Event().wait(STEP_SECONDS[self.precision])
+            threading.Event().wait(STEP_SECONDS[parted(self.precision)[0]])
             if on_step:
                 on_step(Step(index, int(request.steps or 0), time.perf_counter() - start))
             if should_stop and should_stop():
                 raise Cancelled("the run was stopped")
         # Said, not measured: what the page makes of a figure must not depend on how busy the machine is.
-        seconds = int(request.steps or 0) * STEP_SECONDS[self.precision]
+        seconds = int(request.steps or 0) * STEP_SECONDS[parted(self.precision)[0]]
         return Result(
             image=paint(request, self.precision),
             request=request,

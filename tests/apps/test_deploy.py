@@ -55,7 +55,7 @@ def test_the_folder_is_whole(space):
     for name in made.app.models:
         row = catalogue.resolve(name)
         if row.ships:
-            places = [row.source, *row.checkpoints.values(), row.lora, row.prior]
+            places = [row.source, row.checkpoints["int4"], row.lora, row.prior]
             assert {Path(place).relative_to(catalogue.zoo_folder()).parts[0] for place in places if place} <= held
     assert sum(path.stat().st_size for path in files) > 2**20
     assert where.stat().st_mode & 0o777 == 0o755
@@ -95,6 +95,17 @@ def test_the_app_file_starts_the_app_with_a_hosts_flags(space):
     assert tuple(args.precisions) == made.precisions
 
 
+def test_only_the_checkpoints_of_its_columns_go_along_and_nvfp4_is_made_there(python_312):
+    def held(*precisions: str) -> set[str]:
+        return {path.name for path in plan("flux_t2i", "me/nibble", precisions=precisions).weights}
+
+    zoo = catalogue.zoo_folder()
+    assert held("bf16") == {"flux-tiny"}
+    assert held("bf16", "int4-w4a4") == {"flux-tiny", "flux-tiny-int4"}
+    ships = {"flux-tiny-nvfp4"} if (zoo / "flux-tiny-nvfp4").exists() else set()
+    assert held("bf16", "nvfp4") == {"flux-tiny"} | ships
+
+
 @pytest.mark.parametrize(("hardware", "version"), [("zero-gpu", "2.11.0"), ("cpu-basic", PINS["torch"])])
 def test_requirements_are_pins_that_the_host_accepts(python_312, hardware, version):
     text = folder.requirements(plan("flux_t2i", "me/nibble", hardware=hardware))
@@ -124,7 +135,10 @@ def test_a_large_model_is_named_and_fetched_there(python_312, tmp_path):
         (["flux_t2i", "--space", "nibble"], "space: expected OWNER/NAME as in the Space's address, got 'nibble'"),
         (["flux_t2i", "--space", "me/x/y"], "space: expected OWNER/NAME"),
         (["flux_t2i", "--space", "me/x", "--model", "tinny"], "model: expected one of"),
-        (["flux_t2i", "--space", "me/x", "--precisions", "int3"], "precisions: Tiny FLUX has bf16, int4, got int3"),
+        (
+            ["flux_t2i", "--space", "me/x", "--precisions", "int3"],
+            "precisions: Tiny FLUX has bf16, int4, nvfp4, got int3",
+        ),
         (["flux_t2i", "--space", "me/x", "--hardware", "tpu"], "hardware: expected one of zero-gpu, cpu-basic"),
         (["flux_t2i", "--space", "me/x", "--python", "3.11"], "python: expected 3.12 on zero-gpu, got 3.11"),
         (["flux_t2i", "--space", "me/x", "--dry-run", "."], "dry-run: expected a folder that is empty"),

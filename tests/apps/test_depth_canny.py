@@ -11,22 +11,21 @@ from gradio.utils import get_upload_folder
 from gradio_client import handle_file
 from PIL import Image
 
-from apps.common import recalling
+from apps.common import recalling, screenshots, shell
 from apps.common.uploads import open_picture
 from apps.depth_canny import maps
 from apps.depth_canny.run import APP, HERE, prepare
 from engine import RequestError
 from engine.models import catalogue
 from engine.models.catalogue import zoo_folder
-from tests.apps.conftest import really_served, visit
+from tests.apps.conftest import Served, visit
 
 PAIR = HERE / "examples" / "pair.png"
 
 
-@pytest.fixture(scope="module", params=["tiny-depth", "tiny-canny"])
-def served(request):
-    with really_served(APP, "--model", request.param) as opened:
-        yield opened
+@pytest.fixture
+def served(small_house):
+    return small_house[0], small_house[1]["depth_canny"]
 
 
 @pytest.fixture
@@ -36,16 +35,17 @@ def uploads():
     return folder
 
 
-def test_both_precisions_paint_what_the_prompt_says_where_the_picture_has_it(served):
+@pytest.mark.parametrize("model", ["tiny-depth", "tiny-canny"])
+def test_both_precisions_paint_what_the_prompt_says_where_the_picture_has_it(served, model):
     client, studio = served
     for precision in studio.pool.precisions:
         file, facts = client.predict(
-            picture=handle_file(PAIR), prompt="a yellow cube and a red cube", seed=4, precision=precision,
-            api_name="/generate",
+            picture=handle_file(PAIR), prompt="a yellow cube and a red cube", seed=4, model=model,
+            precision=precision, api_name="/depth_canny",
         )  # fmt: skip
         with Image.open(file if isinstance(file, str) else file["path"]) as picture:
             red, green, blue = np.asarray(picture.convert("RGB")).astype(int).transpose(2, 0, 1)
-        assert facts["settings"]["model"] == studio.choice.spec.name
+        assert facts["settings"]["model"] == model
         coloured = (red > blue + 40) & (abs(red - green) + blue < 500)
         assert coloured.mean() > 0.02, precision
 
@@ -53,13 +53,13 @@ def test_both_precisions_paint_what_the_prompt_says_where_the_picture_has_it(ser
 def test_without_a_picture_the_interface_says_what_is_missing(served):
     client, _ = served
     with pytest.raises(Exception, match="picture: expected a picture to start from"):
-        client.predict(prompt="a red cube", picture=None, api_name="/generate")
+        client.predict(prompt="a red cube", picture=None, api_name="/depth_canny")
 
 
 def test_files_outside_the_upload_folder_stay_closed(served):
     client, _ = served
     with pytest.raises(Exception, match="picture"):
-        client.predict(prompt="a red cube", picture={"path": str(PAIR)}, api_name="/generate")
+        client.predict(prompt="a red cube", picture={"path": str(PAIR)}, api_name="/depth_canny")
 
 
 def saved(picture: Image.Image, folder: Path, name: str, **options) -> str:
@@ -132,10 +132,11 @@ def test_a_flat_picture_has_a_map_too():
     maps.depth(Image.new("RGB", (64, 64), "grey"), str(zoo_folder() / "depth-estimator-tiny"))
 
 
-def test_the_canny_page_has_thresholds_and_the_depth_page_none(served):
-    client, studio = served
-    shown = {part["props"].get("elem_id"): part["props"].get("visible") for part in client.config["components"]}
-    assert shown["nb-low"] == shown["nb-high"] == (studio.choice.spec.name == "tiny-canny")
+@pytest.mark.parametrize("model", ["tiny-depth", "tiny-canny"])
+def test_the_canny_page_has_thresholds_and_the_depth_page_none(model):
+    page = shell.build(Served("--model", model, app=APP).studio)
+    shown = {part["props"].get("elem_id"): part["props"].get("visible") for part in page.config["components"]}
+    assert shown["nb-low"] == shown["nb-high"] == (model == "tiny-canny")
     assert shown["nb-model"], "the page can switch to the other"
 
 
@@ -143,7 +144,13 @@ def test_the_interface_runs_the_model_it_is_asked_for(served):
     client, studio = served
     answers = {
         name: client.predict(
-            "a red cube", picture=handle_file(PAIR), model=name, seed=3, steps=2, precision="int4", api_name="/generate"
+            "a red cube",
+            picture=handle_file(PAIR),
+            model=name,
+            seed=3,
+            steps=2,
+            precision="int4",
+            api_name="/depth_canny",
         )
         for name in studio.rooms
     }
@@ -170,30 +177,20 @@ def test_a_picture_brings_its_model_and_thresholds_back(served):
 
 
 @pytest.mark.browser
-def test_switching_the_model_shows_its_thresholds(browser, served):
-    client, studio = served
-    canny = studio.choice.spec.name == "tiny-canny"
-    with visit(browser, client.src) as tab:
-        tab.locator("#nb-options button").first.click()
-        tab.locator("#nb-ready").wait_for()
-        assert tab.locator("#nb-low").is_visible() == canny
-        tab.locator("#nb-model label", has_text="Depth" if canny else "Canny").click()
-        tab.locator("#nb-low").wait_for(state="hidden" if canny else "visible")
-        tab.locator("#nb-banner", has_text="Tiny FLUX Depth" if canny else "Tiny FLUX Canny").wait_for()
-        tab.locator("#nb-banner .nb-load-ready").wait_for(timeout=60_000)
-
-
-@pytest.mark.browser
 @pytest.mark.slow
-def test_a_visitor_follows_a_picture_in_the_browser(browser, served):
+def test_switching_the_model_shows_its_thresholds_and_it_paints(browser, served):
     client, studio = served
-    with visit(browser, client.src) as tab:
-        tab.locator("#nb-prompt textarea").fill("a red cube")
-        tab.locator("#nb-generate").click()
-        tab.locator("#nb-message", has_text="expected a picture to start from").wait_for()
-        assert tab.locator("#nb-status-int4", has_text="Nothing painted yet").count() == 1, "the page stays as it was"
-        tab.locator(".nb-example").first.click()
-        tab.locator("#nb-picture img").wait_for()
+    with visit(browser, client.src, slug="depth_canny") as tab:
+        screenshots.set_steps(tab, 4)
+        tab.locator("#nb-ready").wait_for()
+        assert not tab.locator("#nb-low").is_visible()
+        for model, thresholds in (("Canny", "visible"), ("Depth", "hidden"), ("Canny", "visible")):
+            tab.locator("#nb-model label", has_text=model).click()
+            tab.locator("#nb-low").wait_for(state=thresholds)
+            tab.locator("#nb-banner", has_text=f"Tiny FLUX {model}").wait_for()
+            tab.locator("#nb-banner .nb-load-ready").wait_for(timeout=60_000)
+        screenshots.set_steps(tab, 4)
+        screenshots.choose_example(tab, APP)
         tab.locator("#nb-generate:not([disabled])").click()
         tab.locator("#nb-seen img").wait_for()
         for precision in studio.pool.precisions:

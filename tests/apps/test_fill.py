@@ -11,15 +11,14 @@ from apps.common import screenshots
 from apps.fill import SIDES, TASKS, masks
 from apps.fill.run import APP, HERE
 from engine import RequestError
-from tests.apps.conftest import really_served, visit
+from tests.apps.conftest import visit
 
 PICTURE, MASK = HERE / "pair.png", HERE / "pair-mask.png"
 
 
-@pytest.fixture(scope="module")
-def served():
-    with really_served(APP, "--model", "tiny-fill") as opened:
-        yield opened
+@pytest.fixture
+def served(small_house):
+    return small_house[0], small_house[1]["fill"]
 
 
 def pixels(path) -> np.ndarray:
@@ -35,7 +34,7 @@ def test_the_object_appears_in_the_hole_and_all_else_keeps_its_bits(served):
     near = np.asarray(Image.fromarray(marked).resize((256, 256)))
     for precision in studio.pool.precisions:
         file, _ = client.predict(
-            prompt="a large green sphere", canvas=canvas, seed=3, grow=0, precision=precision, api_name="/generate"
+            prompt="a large green sphere", canvas=canvas, seed=3, grow=0, precision=precision, api_name="/fill"
         )
         new, old = pixels(file if isinstance(file, str) else file["path"]), pixels(PICTURE)
         red, green, blue = new.transpose(2, 0, 1)
@@ -53,14 +52,14 @@ def test_the_object_appears_in_the_hole_and_all_else_keeps_its_bits(served):
 def test_an_empty_canvas_is_answered_in_words(served, canvas):
     client, _ = served
     with pytest.raises(Exception, match="canvas: expected a picture to start from"):
-        client.predict(prompt="a red cube", canvas=canvas, api_name="/generate")
+        client.predict(prompt="a red cube", canvas=canvas, api_name="/fill")
 
 
 def test_a_picture_with_nothing_marked_is_answered_in_words(served):
     client, _ = served
     canvas = {"background": handle_file(PICTURE), "layers": [], "composite": None}
     with pytest.raises(Exception, match="nothing is marked"):
-        client.predict(prompt="a red cube", canvas=canvas, api_name="/generate")
+        client.predict(prompt="a red cube", canvas=canvas, api_name="/fill")
 
 
 def test_masks_grow_and_turn_over():
@@ -110,7 +109,7 @@ def test_a_picture_is_widened_and_its_own_pixels_stay(served):
     canvas = {"background": handle_file(PICTURE), "layers": [], "composite": None}
     file, facts = client.predict(
         "a grey floor", canvas=canvas, task=TASKS[1], side="Left", share=50, overlap=0, feather=0, seed=3,
-        precision="int4", api_name="/generate",
+        precision="int4", api_name="/fill",
     )  # fmt: skip
     new = pixels(file if isinstance(file, str) else file["path"])
     with Image.open(PICTURE) as picture:
@@ -125,7 +124,8 @@ def test_a_picture_is_widened_and_its_own_pixels_stay(served):
 @pytest.mark.slow
 def test_a_visitor_fills_an_example_and_an_upload_without_strokes_is_told(browser, served):
     client, studio = served
-    with visit(browser, client.src) as tab:
+    with visit(browser, client.src, slug="fill") as tab:
+        screenshots.set_steps(tab, 4)
         tab.locator("#nb-prompt textarea").fill("a red cube")
         tab.locator("#nb-generate").click()
         tab.locator("#nb-message", has_text="expected a picture to start from").wait_for()

@@ -14,6 +14,7 @@ from apps.common import cli
 from apps.common.house import build, gallery
 from apps.common.shelf import Shelf
 from engine.models import catalogue
+from tests.apps.conftest import context_of, forget
 from tests.apps.fake import loader
 
 SLUGS = ("flux_t2i", "sketch", "depth_canny", "fill", "redux", "sana_t2i")
@@ -58,8 +59,7 @@ def test_the_first_page_leads_to_all_of_them():
 @pytest.mark.browser
 def test_a_visitor_goes_from_app_to_app(browser, house):
     client, studios = house
-    context = browser.new_context()
-    tab = context.new_page()
+    tab = context_of(browser, "light").new_page()
     wrong: list[str] = []
     tab.on("pageerror", lambda error: wrong.append(str(error)))
     tab.goto(client.src)
@@ -73,7 +73,7 @@ def test_a_visitor_goes_from_app_to_app(browser, house):
     for precision in studios[-1].pool.precisions:
         tab.locator(f"#nb-image-{precision} img").wait_for(timeout=60_000)
     assert tab.locator(".nb-rooms a[aria-current]").inner_text() == studios[-1].app.title
-    context.close()
+    forget(tab)
     assert wrong == []
 
 

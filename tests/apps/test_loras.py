@@ -10,18 +10,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from apps.common import loras
-from apps.flux_t2i.run import APP
 from engine import Engine, Request, RequestError
 from engine.models import catalogue
-from tests.apps.conftest import really_served
 
 DEV, TINY = catalogue.resolve("dev"), catalogue.resolve("tiny")
 
 
 @pytest.fixture(scope="module")
-def served():
-    with really_served(APP) as opened:
-        yield opened
+def served(small_house):
+    return small_house[0], small_house[1]["flux_t2i"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +37,7 @@ def lora(served, tmp_path_factory):
 
 
 def paint(served, precision: str, **more) -> tuple[np.ndarray, dict]:
-    file, facts = served[0].predict("a red cube", seed=5, steps=4, precision=precision, **more, api_name="/generate")
+    file, facts = served[0].predict("a red cube", seed=5, steps=4, precision=precision, **more, api_name="/flux_t2i")
     with Image.open(file if isinstance(file, str) else file["path"]) as picture:
         return np.asarray(picture).astype(int), facts
 

@@ -11,19 +11,19 @@ from diffusers import FluxPriorReduxPipeline
 from gradio_client import handle_file
 from PIL import Image
 
-from apps.redux.run import APP, HERE
+from apps.common import screenshots
+from apps.redux.run import HERE
 from engine import Engine, Request, RequestError
 from engine.models import run_redux
 from engine.models.catalogue import resolve
-from tests.apps.conftest import really_served, visit
+from tests.apps.conftest import visit
 
 SPHERE, CONE = HERE / "sphere.png", HERE / "cone.png"
 
 
-@pytest.fixture(scope="module")
-def served():
-    with really_served(APP) as opened:
-        yield opened
+@pytest.fixture
+def served(small_house):
+    return small_house[0], small_house[1]["redux"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_what_cannot_be_mixed_is_answered_in_words(painter, inputs, sentence):
 
 def test_the_colour_of_the_picture_is_in_its_variation_and_seeds_repeat(served):
     client, studio = served
-    ask = {"picture": handle_file(SPHERE), "seed": 3, "api_name": "/generate"}
+    ask = {"picture": handle_file(SPHERE), "seed": 3, "api_name": "/redux"}
     for precision in studio.pool.precisions:
         once, again = (client.predict("", precision=precision, **ask)[0] for _ in range(2))
         with Image.open(path_of(once)) as a, Image.open(path_of(again)) as b:
@@ -100,16 +100,17 @@ def test_the_colour_of_the_picture_is_in_its_variation_and_seeds_repeat(served):
 def test_a_mix_needs_a_picture_and_a_weight(served):
     client, _ = served
     with pytest.raises(Exception, match="picture: expected a picture to start from"):
-        client.predict("", api_name="/generate")
+        client.predict("", api_name="/redux")
     with pytest.raises(Exception, match="one picture at least to count"):
-        client.predict("", picture=handle_file(SPHERE), weight=0, api_name="/generate")
+        client.predict("", picture=handle_file(SPHERE), weight=0, api_name="/redux")
 
 
 @pytest.mark.browser
 @pytest.mark.slow
 def test_a_visitor_varies_an_example_and_mixes_a_second_picture(browser, served):
     client, studio = served
-    with visit(browser, client.src) as tab:
+    with visit(browser, client.src, slug="redux") as tab:
+        screenshots.set_steps(tab, 4)
         tab.locator("#nb-generate").click()
         tab.locator("#nb-message", has_text="expected a picture to start from").wait_for()
         tab.locator(".nb-example").first.click()

@@ -1,4 +1,7 @@
-"""The six apps with their true small models under rough use: mistakes are answered in words, and the next run works."""
+"""The six apps with their true small models under rough use: mistakes are answered in words, and the next run works.
+
+Two tabs at once, Stop and a tab closed in the middle want a browser: test_visits.py has them, for all six.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,9 @@ def saved(folder: Path, kind: str) -> Path:
         picture.quantize(16).save(path)
     elif kind == "grey 16 bits":
         picture.convert("I;16").save(path)
+    elif kind == "huge":
+        path = path.with_suffix(".jpg")
+        picture.resize((6000, 4000)).save(path, quality=30)
     elif kind == "large":
         Image.new("1", (9000, 9000)).save(path)
     elif kind == "bomb":
@@ -78,7 +84,9 @@ def saved(folder: Path, kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["turned", "cmyk", "one pixel", "long", "see-through", "palette", "grey 16 bits"])
+@pytest.mark.parametrize(
+    "kind", ["turned", "cmyk", "one pixel", "long", "see-through", "palette", "grey 16 bits", "huge"]
+)
 @pytest.mark.parametrize("slug", WITH_PICTURES)
 def test_pictures_of_rare_kinds_are_taken(client, slug, kind, tmp_path):
     assert ask(client, slug, "a red cube", saved(tmp_path, kind)) == (256, 256)
@@ -98,6 +106,12 @@ def test_pictures_that_cannot_be_used_are_answered_in_words(client, slug, kind, 
     with pytest.raises(Exception, match=sentence):
         ask(client, slug, "a red cube", saved(tmp_path, kind))
     assert ask(client, slug, "a red cube") == (256, 256), "the next request works"
+
+
+@pytest.mark.parametrize("slug", ["flux_t2i", "sana_t2i", "depth_canny", "fill"])
+def test_no_prompt_is_answered_in_words(client, slug):
+    with pytest.raises(Exception, match="prompt: expected a description of the picture"):
+        ask(client, slug, "  ")
 
 
 @pytest.mark.parametrize("slug", ["depth_canny", "fill", "redux"])

@@ -9,19 +9,18 @@ from gradio_client import handle_file
 from PIL import Image
 
 from apps.sketch import READINGS, drawing
-from apps.sketch.run import APP, HERE
+from apps.sketch.run import HERE
 from engine import Engine, Request, RequestError
 from engine.lora import list_loras
 from engine.models import sketch
-from tests.apps.conftest import really_served, visit
+from tests.apps.conftest import visit
 
 DRAWN = HERE / "cone.png"
 
 
-@pytest.fixture(scope="module")
-def served():
-    with really_served(APP) as opened:
-        yield opened
+@pytest.fixture
+def served(small_house):
+    return small_house[0], small_house[1]["sketch"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def test_the_object_lies_inside_its_outline(served):
     client, studio = served
     canvas = {"background": handle_file(DRAWN), "layers": [], "composite": None}
     for precision in studio.pool.precisions:
-        file, facts = client.predict("a purple cone", canvas=canvas, seed=7, precision=precision, api_name="/generate")
+        file, facts = client.predict("a purple cone", canvas=canvas, seed=7, precision=precision, api_name="/sketch")
         with Image.open(file if isinstance(file, str) else file["path"]) as picture:
             red, green, blue = np.asarray(picture.convert("RGB")).astype(int).transpose(2, 0, 1)
         rows, columns = np.nonzero((red > green + 40) & (blue > green + 40))
@@ -82,8 +81,8 @@ def test_the_object_lies_inside_its_outline(served):
 def test_a_blank_page_without_words_is_said_and_with_words_is_painted(served):
     client, _ = served
     with pytest.raises(Exception, match="nothing is drawn and the prompt is empty"):
-        client.predict("", canvas=None, api_name="/generate")
-    assert client.predict("a red cube", canvas=None, api_name="/generate")
+        client.predict("", canvas=None, api_name="/sketch")
+    assert client.predict("a red cube", canvas=None, api_name="/sketch")
 
 
 def ink(picture: Image.Image, reading: str, tmp_path, monkeypatch) -> np.ndarray:
@@ -119,7 +118,7 @@ def test_the_lines_of_a_photo_are_found(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_each_stroke_paints_and_a_blank_page_says_nothing(browser, served):
     client, studio = served
-    with visit(browser, client.src) as tab:
+    with visit(browser, client.src, slug="sketch") as tab:
         tab.locator("#nb-prompt textarea").fill("a green sphere")
         tab.locator("#nb-canvas canvas").first.wait_for()
         box = tab.locator("#nb-canvas canvas").first.bounding_box()

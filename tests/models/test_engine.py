@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from engine import ArgumentError, Cancelled, Engine, ModelError, Request, RequestError
 from engine.commands.generate import main as generate
@@ -163,7 +164,9 @@ def test_the_doctor_explains_every_backend(capsys: pytest.CaptureFixture[str]):
     cpu = report["devices"][0]
     assert cpu["chosen"] in {row["name"] for row in cpu["backends"] if row["runs"]}
     assert all(row["why"] for row in cpu["backends"])
-    assert report["models"][0]["on_this_machine"] == {"bf16": True, "int4": True}
+    assert report["models"][0]["on_this_machine"] | {"nvfp4": None} == {"bf16": True, "int4": True, "nvfp4": None}
+    made = report["models"][0]["made_when_asked_for"]
+    assert (made == ["nvfp4"]) is not report["models"][0]["on_this_machine"]["nvfp4"]
     assert doctor([]) == 0
     assert cpu["chosen"] in capsys.readouterr().out
 
@@ -181,6 +184,21 @@ def test_engines_run_alike_at_any_thread_count(int4: Engine):
 
 def test_the_catalogue_knows_the_shipped_folder():
     assert resolve(CATALOGUE["tiny"].source).name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("model", "given"), [("tiny-depth", ["control_image"]), ("tiny-fill", ["image", "mask_image"])]
+)
+def test_pictures_are_encoded_where_the_processor_has_no_bf16(
+    model: str, given: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    from engine.models import loading
+
+    monkeypatch.setattr(loading, "has_bf16_instructions", lambda: False)
+    engine = Engine.load(model, "int4", device="cpu")
+    assert engine.pipe.vae.dtype == torch.float32
+    inputs = {name: Image.linear_gradient("L").convert("RGB") for name in given}
+    assert engine.run(Request("a red cube", steps=1, inputs=inputs)).image.size == (256, 256)
 
 
 @pytest.mark.parametrize("native", [True, False])

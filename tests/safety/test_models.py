@@ -16,12 +16,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
-    ViTConfig,
     ViTForImageClassification,
 )
 
 from safety import SafetyError, check, check_image, load_checker, load_image_checker
-from safety.nsfw import NsfwClassifier, ViTImageProcessorPil
+from safety.nsfw import NsfwClassifier
 from safety.qwen3guard import Qwen3Guard, parse
 from safety.shieldgemma import POLICIES, ShieldGemma
 from safety.weights import OVERLAP, WINDOW, load, windows
@@ -137,28 +136,6 @@ def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shieldgemma")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
-        id2label={0: "normal", 1: "nsfw"},
-        label2id={"normal": 0, "nsfw": 1},
-        initializer_range=0.5,
-    )
-    folder = tmp_path_factory.mktemp("nsfw")
-    ViTForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
-        folder
-    )
     return folder
 
 

@@ -22,7 +22,7 @@
   let pressed = 0;
   const leadToResults = () => {
     const results = document.querySelector("#nb-results");
-    if (!results || Date.now() - pressed > 5000 || innerWidth > 900) return;
+    if (!results || Date.now() - pressed > 30000 || innerWidth > 900) return;
     pressed = 0;
     const { top } = results.getBoundingClientRect();
     if (top < 0 || top > innerHeight / 3) results.scrollIntoView({ behavior: "smooth", block: "start" });
