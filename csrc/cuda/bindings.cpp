@@ -150,6 +150,21 @@ Status rotate_heads(const std::array<uintptr_t, 11>& a, const std::array<int, 4>
       at<void>(stream));
 }
 
+// Addresses in the order of the struct's members; sizes: batch, height, width, channels, padded.
+Status depthwise_glu(const std::array<uintptr_t, 4>& a, const std::array<int, 5>& sizes, uintptr_t stream) {
+  return depthwise_glu_sm80({at<const void>(a[0]), at<const void>(a[1]), at<const void>(a[2]), at<void>(a[3]), sizes[0],
+                             sizes[1], sizes[2], sizes[3], sizes[4]},
+                            at<void>(stream));
+}
+
+// The same; sizes: tokens, run, batch, heads.
+Status linear_attention(const std::array<uintptr_t, 3>& a, const std::array<int64_t, 4>& sizes, float epsilon,
+                        uintptr_t stream) {
+  return linear_attention_sm80({at<const void>(a[0]), at<float>(a[1]), at<void>(a[2]), sizes[0], sizes[1],
+                                static_cast<int>(sizes[2]), static_cast<int>(sizes[3]), epsilon},
+                               at<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -163,6 +178,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("awq_linear_sm80", &awq_linear);
   m.def("rotate_heads_sm80", &rotate_heads);
   m.def("gated_add_sm80", &gated_add);
+  m.def("depthwise_glu_sm80", &depthwise_glu);
+  m.def("linear_attention_sm80", &linear_attention);
   m.def("widen_fp8_sm90a", &widen_fp8);
   m.def("linear_fp8_sm90a", &linear_fp8);
   m.def("quantize_fp8_sm90a", &quantize_fp8);

@@ -87,6 +87,26 @@ struct GatedAdd {
   int64_t m, k, tokens_per_sample, gate_stride;
 };
 
+// SANA's feed-forward between its linears: h = silu(x) convolved 3x3, each channel with itself, zeros around it; out =
+// h[..C] * silu(h[C..]). x (batch,height,width,2C), weight (2C,3,3), bias (2C), out (batch,height,width,padded), zeros
+// past C; all bf16 and dense, C and padded even.
+struct DepthwiseGlu {
+  const void *x, *weight, *bias;
+  void* out;
+  int batch, height, width, channels, padded;
+};
+
+// out (batch,tokens,heads*32) bf16 = SANA's linear attention of qkv (batch,tokens,3*heads*32) bf16, both dense and on
+// 16-byte borders. sums: (batch,heads,tokens/run rounded up,33*32) fp32 to work in; `run` tokens are summed at a time.
+struct LinearAttention {
+  const void* qkv;
+  float* sums;
+  void* out;
+  int64_t tokens, run;
+  int batch, heads;
+  float epsilon;
+};
+
 // What 16-bit attention reads, from the projections of a joint sequence: text tokens first, then the picture's. A row
 // of text or picture is q, k, v of all heads (3 * heads * 128 bf16), rows `stride` elements apart; cosine, sine
 // (tokens,128). q, k, v: (batch, tokens, heads, 128) bf16, q and k after RMS norm and rotation; v may be null, where it
@@ -130,6 +150,8 @@ Status linear_sm80(const Linear&, void* stream);
 Status awq_linear_sm80(const AwqLinear&, void* stream);
 Status gated_add_sm80(const GatedAdd&, void* stream);
 Status rotate_heads_sm80(const RotateHeads&, void* stream);
+Status depthwise_glu_sm80(const DepthwiseGlu&, void* stream);
+Status linear_attention_sm80(const LinearAttention&, void* stream);
 
 Status widen_fp8_sm90a(const WidenFp8&, void* stream);
 Status linear_fp8_sm90a(const LinearFp8&, void* stream);
