@@ -74,8 +74,8 @@ def random_layer(n: int, k: int, kind: str, rank: int, bias: bool, device: str, 
         codes=codes.to(torch.uint8),
         wscales=(torch.rand(n, k // 64, **draw) * 0.004 + 0.003).bfloat16(),
         smooth=(torch.rand(k, **draw) + 0.5).bfloat16(),
-        lora_down=(torch.randn(rank, k, **draw) * 0.02).bfloat16(),
-        lora_up=(torch.randn(n, rank, **draw) * 0.02).bfloat16(),
+        lora_down=(torch.randn(rank, k, **draw) * 0.02).bfloat16() if rank else None,
+        lora_up=(torch.randn(n, rank, **draw) * 0.02).bfloat16() if rank else None,
         bias=added,
     )
 
