@@ -44,14 +44,16 @@ struct LinearFp8 {
   LinearForm form;  // of a product with `wide`
 };
 
-// wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; other members as there.
+// wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; other members as there. NVFP4: codes are
+// e2m1 in the same places, wscales [N/64][K/64][4][64] e4m3; row_most (here without tensor and row factors) too.
 struct WidenFp8 {
   const uint8_t* codes;
-  const uint16_t* wscales;
+  const void* wscales;
   const float* row_most;
   uint8_t* wide;
   int64_t n, k;
   DType scale_dtype;
+  bool nvfp4;
 };
 
 // A linear that reads the tokens of QuantizeFp8: inv_smooth (K) fp32 or null, down [K/32][R/8][8][32] bf16 (what a warp
