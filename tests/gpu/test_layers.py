@@ -1,7 +1,7 @@
 """Each part of the small FLUX on the device, given what it was given on the CPU: where the two first part ways.
 
 Whole pictures in W4A4 cannot tell: two backends of one CPU, which give the same codes for the same numbers, give
-pictures 37 to 41 dB apart, because a sum that is rounded the other way moves a code by a step (a seventh of a group's
+pictures that differ as much, because a sum that is rounded the other way moves a code by a step (a seventh of a group's
 largest value), and the next layer's codes follow. Part by part the answer is exact.
 """
 
