@@ -24,7 +24,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.evaluation.machine import machine, write_json
-from bench.flux_step import CONFIG, GIB, quantized, random_layer, randomly_dense
+from bench.flux_step import GIB
+from bench.random_models import CONFIG, quantized, random_layer, randomly_dense
 
 METHODS = ("ours", "sequential", "model", "group")
 T5 = dict(

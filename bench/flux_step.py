@@ -28,101 +28,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.evaluation.machine import machine, write_json
+from bench.random_models import CONFIG, dense, quantized, random_layer, random_nvfp4
 
-CONFIG: dict[str, Any] = dict(
-    patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
-    joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
-)  # fmt: skip
 GIB = 2**30
-
-
-def dense(device: str, config: dict) -> nn.Module:
-    """The 16-bit transformer with random weights, made on the device."""
-    from diffusers import FluxTransformer2DModel
-
-    return randomly_dense(FluxTransformer2DModel, device, config)
-
-
-def randomly_dense(model_class: Any, device: str, config: dict) -> nn.Module:
-    """A 16-bit model of any class, made on the device."""
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = model_class(**config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            parameter.data.normal_(0, 0.02)
-    return model.eval().requires_grad_(False)
-
-
-def random_layer(n: int, k: int, kind: str, rank: int, bias: bool, device: str, generator: torch.Generator) -> Any:
-    """A quantized linear whose weights have the size of trained ones: about 0.02 each."""
-    from engine import ops
-
-    draw: dict[str, Any] = dict(generator=generator, device=device)
-    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, **draw)
-    added = torch.randn(n, **draw).bfloat16() * 0.02 if bias else None
-    if kind == "awq":
-        scales = torch.full((n, k // 64), 0.005, dtype=torch.bfloat16, device=device)
-        return ops.AwqWeight(codes=codes, scales=scales, zeros=-8 * scales, bias=added)
-    # -8 is a code that quantizers do not write.
-    low, high = codes & 15, codes >> 4
-    codes = torch.where(low == 8, 9, low) | (torch.where(high == 8, 9, high) << 4)
-    return ops.CanonicalLinear(
-        codes=codes.to(torch.uint8),
-        wscales=(torch.rand(n, k // 64, **draw) * 0.004 + 0.003).bfloat16(),
-        smooth=(torch.rand(k, **draw) + 0.5).bfloat16(),
-        lora_down=(torch.randn(rank, k, **draw) * 0.02).bfloat16() if rank else None,
-        lora_up=(torch.randn(n, rank, **draw) * 0.02).bfloat16() if rank else None,
-        bias=added,
-    )
-
-
-def quantized(device: str, config: dict, activation: str, rank: int) -> nn.Module:
-    """The 4-bit transformer with random weights; no 16-bit copy of it ever exists."""
-    from diffusers import FluxTransformer2DModel
-
-    from engine.models import flux
-
-    return randomly_quantized(FluxTransformer2DModel, flux, device, config, activation, rank)
-
-
-def randomly_quantized(
-    model_class: Any, family: Any, device: str, config: dict, activation: str, rank: int
-) -> nn.Module:
-    """A model of any family (engine.models.flux is one) whose leaves are random 4-bit layers."""
-    from engine import ops
-    from engine.linear import resolve_activation
-    from engine.models.install import install
-    from engine.models.plan import get_linear
-
-    where = torch.device(device)
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
-    with torch.device("meta"):
-        model = family.prepare(model_class(**config))
-    backend, generator = ops.backends.select(where).name, torch.Generator(where).manual_seed(0)
-    for group in family.plan(model):
-        layers = {}
-        shared = None
-        for name in group.names:
-            linear = get_linear(model, name)
-            inputs = -(-linear.in_features // 64) * 64  # whole groups, as engine.models.install pads them
-            layer = random_layer(linear.out_features, inputs, group.kind, rank, linear.bias is not None,
-                                 device, generator)  # fmt: skip
-            if group.kind == "svdq":
-                shared = shared or layer
-                layer = ops.CanonicalLinear(**vars(layer) | {"smooth": shared.smooth, "lora_down": shared.lora_down})
-            layers[name] = layer
-        install(model, group, layers, backend=backend, activation=resolve_activation(activation, where),
-                dtype=torch.bfloat16)  # fmt: skip
-    family.fuse(model)
-    rest = {name: torch.randn(p.shape, generator=generator, device=where, dtype=torch.bfloat16) * 0.02
-            for name, p in model.state_dict().items() if p.is_meta}  # fmt: skip
-    model.load_state_dict(rest, strict=False, assign=True)
-    return model.eval().requires_grad_(False)
 
 
 def torchao_fp8(model: nn.Module) -> None:
@@ -205,8 +113,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     config = CONFIG | ({"num_layers": 2, "num_single_layers": 4} if options.few else {})
 
     def build() -> nn.Module:
-        if kind in ("int4", "int4a4"):
-            return quantized("cuda", config, "w4a4" if kind == "int4a4" else "auto", options.rank)
+        if kind in ("int4", "int4a4", "nvfp4"):
+            layer = random_nvfp4 if kind == "nvfp4" else random_layer
+            return quantized("cuda", config, "w4a4" if kind == "int4a4" else "auto", options.rank, layer)
         model = dense("cuda", config)
         if kind == "fp8":
             torchao_fp8(model)
@@ -265,7 +174,7 @@ def main() -> None:
     """Parse the command line, measure each variant, write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", default=["bf16", "int4"],
-                        help="bf16, fp8, int4, int4a4; with -eager not compiled")  # fmt: skip
+                        help="bf16, fp8, int4, int4a4, nvfp4; with -eager not compiled")  # fmt: skip
     parser.add_argument("--size", type=int, default=1024, help="pixels of a side")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=32)

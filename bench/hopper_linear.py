@@ -50,7 +50,7 @@ def microseconds(call: Callable[[], object], repeats: int = 15, inner: int = 8) 
 
 def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
     """Microseconds of one shape, ours and the rivals'."""
-    from bench.flux_step import random_layer
+    from bench.random_models import random_layer
     from engine import ops
     from engine.ops import cuda
 

@@ -6,8 +6,9 @@
     python bench/hopper_session.py verdicts --out DIR               # once more, from the rows that are there
 
 Each row is one file in DIR, written when it is done, so a run that is killed keeps what it has; a row that is there is
-not measured again. No row starts that could not end within --minutes. `check` fills Inductor's cache with the rivals'
-kernels at few blocks, which are those of the full model, so that `measure` compiles in seconds.
+not measured again unless it failed. No row starts where less than it needs at least is left of --minutes. `check` fills
+Inductor's cache with the rivals' kernels at few blocks, which are those of the full model, so that `measure` compiles
+in seconds.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ ROWS = (
     Row("flux-int4-2048", "bench/flux_step.py int4-eager --size 2048 --repeats 5", 60),
     Row("flux-bf16-2048", "bench/flux_step.py bf16 --size 2048 --repeats 5", 90),
     Row("flux-int4-again", "bench/flux_step.py int4-eager --repeats 2", 60),
+    Row("flux-nvfp4", "bench/flux_step.py nvfp4-eager", 60),
     Row("budget-model", "bench/budget.py model --steps 2", 120, 50),
     Row("flux-bf16-eager", "bench/flux_step.py bf16-eager --repeats 5", 60),
     Row("sana-bf16", "bench/sana_step.py bf16", 120),
@@ -66,7 +68,7 @@ ROWS = (
 )
 SANITIZER = "compute-sanitizer --tool {tool} --kernel-regex kns=nibble --error-exitcode 9 {python} tests/gpu/kernels.py"
 CHECKS = (
-    Row("tests", "-m pytest -q -rs -p no:cacheprovider tests/gpu", 240),
+    Row("tests", "-m pytest -q -s -rs -p no:cacheprovider tests/gpu", 240),
     Row("memcheck", SANITIZER.replace("{tool}", "memcheck"), 90),
     Row("racecheck", SANITIZER.replace("{tool}", "racecheck"), 120),
 )
@@ -109,7 +111,7 @@ def measure(rows: list[Row], out: Path, end: float) -> None:
     """Each row that is not there yet, in order, while there is time."""
     for row in rows:
         left, path = end - time.monotonic(), out / f"{row.name}.json"
-        if path.exists():
+        if path.exists() and (known := json.loads(path.read_text()))["exit"] == 0 and known["rows"]:
             continue
         if left < row.least:
             print(f"{row.name}: not started, {left:.0f} s are left", flush=True)

@@ -19,7 +19,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.flux_step import measured, randomly_dense, randomly_quantized, report
+from bench.flux_step import measured, report
+from bench.random_models import randomly_dense, randomly_quantized
 
 CONFIG: dict[str, Any] = dict(
     in_channels=32, out_channels=32, num_attention_heads=70, attention_head_dim=32, num_layers=20,

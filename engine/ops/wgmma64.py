@@ -50,8 +50,7 @@ def untile_codes(tiles: Tensor, n: int, k: int, e2m1: bool = False) -> Tensor:
     words = tiles.reshape(tiles.shape[0], tiles.shape[1], 4, 8, 4, 2, 2, 4)
     magnitude = torch.stack((words & 7, (words >> 4) & 7), -1)
     negative = torch.stack((words >> 7, ((words >> 3) & 1).roll(-1, -1)), -1)
-    if not e2m1:
-        signed = magnitude.to(torch.int8) * (1 - 2 * negative.to(torch.int8))
+    signed = magnitude.to(torch.int8) * (1 - 2 * negative.to(torch.int8))
     codes = magnitude | negative << 3 if e2m1 else signed.view(torch.uint8) & 15
     split = codes.permute(0, 2, 6, 3, 1, 8, 5, 4, 7)
     return split.reshape(tiles.shape[0] * BLOCK, tiles.shape[1] * BLOCK)[:n, :k]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
-from bench.flux_step import randomly_quantized
+from bench.random_models import randomly_quantized
 from engine import ops
 from engine.models import sana
 from engine.models.sana_blocks import unfuse_blocks
