@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 PARTS = (SVDQuantLinear, AWQLinear, FusedDoubleBlock, FusedSingleBlock)
 # By the norm of the output. Both sides add in float32 and round to 16 bits; a block's linears move codes of each other.
-ALLOWED = {"SVDQuantLinear": 2**-8, "AWQLinear": 2**-8, "FusedDoubleBlock": 0.1, "FusedSingleBlock": 0.1}
+ALLOWED = {"SVDQuantLinear": 2**-8, "AWQLinear": 2**-8, "FusedDoubleBlock": 0.2, "FusedSingleBlock": 0.2}
 
 
 def moved(value: Any) -> Any:
