@@ -1,14 +1,13 @@
 """Every figure that Hopper owes, in one run: rows in order of their worth, each a process with its own time limit.
 
-    python bench/hopper_session.py check --out DIR                  # tests, compute-sanitizer; rivals compiled beside
+    python bench/hopper_session.py check --out DIR                  # tests/gpu, compute-sanitizer
     python bench/hopper_session.py measure --out DIR --minutes 9.5  # the rows, most wanted first, then the verdicts
     python bench/hopper_session.py measure --out DIR --rows sana-int4 sana-bf16-eager
     python bench/hopper_session.py verdicts --out DIR               # once more, from the rows that are there
 
 Each row is one file in DIR, written when it is done, so a run that is killed keeps what it has; a row that is there is
-not measured again unless it failed. No row starts where less than it needs at least is left of --minutes. `check` fills
-Inductor's cache with the rivals' kernels at few blocks, which are those of the full model, so that `measure` compiles
-in seconds.
+not measured again unless it failed. No row starts where less than it needs at least is left of --minutes.
+Nothing else runs on the device meanwhile: rivals choose their kernels by timing them.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,13 +71,6 @@ CHECKS = (
     Row("tests", "-m pytest -q -s -rs -p no:cacheprovider tests/gpu", 240),
     Row("memcheck", SANITIZER.replace("{tool}", "memcheck"), 90),
     Row("racecheck", SANITIZER.replace("{tool}", "racecheck"), 120),
-)
-WARM = (
-    Row("warm-fp8", "bench/flux_step.py fp8 --few --repeats 2", 300),
-    Row("warm-bf16", "bench/flux_step.py bf16 --few --repeats 2", 200),
-    Row("warm-bf16-512", "bench/flux_step.py bf16 --few --repeats 2 --size 512", 200),
-    Row("warm-bf16-batch4", "bench/flux_step.py bf16 --few --repeats 2 --batch 4", 200),
-    Row("warm-bf16-2048", "bench/flux_step.py bf16 --few --repeats 2 --size 2048", 200),
 )
 
 
@@ -138,17 +131,15 @@ def tail(out: Path, row: Row) -> str:
 
 
 def check(out: Path) -> bool:
-    """Tests and sanitizers one after the other, while rivals are compiled beside them."""
-    began = time.monotonic()
-    warming = [(row, start(row, out, False)) for row in WARM]
+    """Tests and sanitizers, one after the other."""
     good = True
     for row in CHECKS:
+        if row.command.startswith("compute-sanitizer") and shutil.which("compute-sanitizer") is None:
+            print(f"{row.name}: compute-sanitizer is not here", flush=True)
+            continue
         done = finish(row, start(row, out, False), row.limit)
         good = good and done["exit"] == 0
         print(row.name, done["exit"], done["wall_s"], tail(out, row), flush=True)
-    for row, process in warming:
-        done = finish(row, process, row.limit - (time.monotonic() - began))
-        print(row.name, done["exit"], "after", round(time.monotonic() - began), "s", flush=True)
     return good
 
 
