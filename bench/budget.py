@@ -99,7 +99,8 @@ def pipeline(method: str, device: str, sizes: dict[str, dict]) -> Any:
                    else dense(FluxTransformer2DModel, sizes["transformer"]))  # fmt: skip
     encoder = four_bit_t5(device, sizes["t5"]) if ours else dense(t5_encoder, sizes["t5"])
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    pipe = FluxPipeline(
+    pipeline_class: Any = FluxPipeline  # its types know no pipeline without tokenizers
+    pipe = pipeline_class(
         scheduler=scheduler, vae=dense(AutoencoderKL, sizes["vae"]), text_encoder=dense(clip_encoder, sizes["clip"]),
         tokenizer=None, text_encoder_2=encoder, tokenizer_2=None, transformer=transformer,
     )  # fmt: skip
@@ -120,7 +121,8 @@ def settle(pipe: Any, method: str, device: str) -> None:
     else:
         from diffusers.hooks import apply_group_offloading
 
-        pipe.vae.to(device), pipe.text_encoder.to(device)
+        for part in (pipe.vae, pipe.text_encoder):
+            part.to(device)
         for part in (pipe.transformer, pipe.text_encoder_2):
             apply_group_offloading(part, torch.device(device), offload_type="leaf_level", use_stream=True)
 

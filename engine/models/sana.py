@@ -55,7 +55,7 @@ class ChannelsLastGLU(nn.Module):
 
         A 4-bit conv_point is as wide as whole groups of 64; its extra inputs count for nothing.
         """
-        conv = self.conv_depth
+        conv: Any = self.conv_depth
         return ops.depthwise_glu(wide, conv.weight, conv.bias, self.conv_point.in_features)
 
 

@@ -85,4 +85,4 @@ def unfuse_blocks(model: Any) -> None:
     """Undo `fuse_blocks`: diffusers' own forward again."""
     for block in model.transformer_blocks:
         if type(block) is FusedSanaBlock:
-            block.__class__ = SanaTransformerBlock
+            block.__class__ = SanaTransformerBlock  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
+
 import torch
-from diffusers import SanaTransformer2DModel
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 
 from engine.models import sana
@@ -12,9 +12,9 @@ from engine.models.sana_blocks import FusedSanaBlock, unfuse_blocks
 from tests.models.test_sana import inputs, small_sana
 
 
-def concatenated() -> SanaTransformer2DModel:
+def concatenated() -> Any:
     """Fused projections, as quantized models have them."""
-    model = sana.prepare(small_sana())
+    model: Any = sana.prepare(small_sana())
     for block in model.transformer_blocks:
         attn = block.attn1
         parts = [attn.to_q, attn.to_k, attn.to_v]
@@ -38,7 +38,7 @@ def test_the_same_output_and_a_way_back():
 
 
 @torch.no_grad()
-def test_another_processor_is_asked(monkeypatch: pytest.MonkeyPatch):
+def test_another_processor_is_asked():
     given, model = inputs(dtype=torch.float32), concatenated()
     sana.fuse(model)
     asked = []
@@ -54,7 +54,7 @@ def test_another_processor_is_asked(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_training_goes_through_the_feed_forward():
-    model = sana.prepare(small_sana())
+    model: Any = sana.prepare(small_sana())
     weight = model.transformer_blocks[0].ff.conv_inverted.weight.requires_grad_(True)
     model(**inputs(dtype=torch.float32))[0].square().mean().backward()
     assert weight.grad is not None
