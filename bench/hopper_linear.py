@@ -3,9 +3,9 @@
     python bench/hopper_linear.py --json bench/results/linear-h200.json
 
 Ours is timed with the quantization of its tokens and without (`linear`: widening, low-rank branch and bias included),
-once for each way of sharing tiles among warpgroups, and without a low-rank branch. Rivals: torch's BF16 linear, and
-torch's FP8 product with row scales (`_scaled_mm`, fast accumulation), whose weights take twice the memory. Needs
-compute capability 9.0.
+and without a low-rank branch; `low_rank_share` is what the branch adds to quantization and linear together. Rivals:
+torch's BF16 linear, and torch's FP8 product with row scales (`_scaled_mm`, fast accumulation), whose weights take twice
+the memory. Needs compute capability 9.0.
 """
 
 from __future__ import annotations
@@ -70,15 +70,12 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
             )
             times[f"{name}{tile or ''}"] = microseconds(run)
     cuda.WIDE_FROM = WIDE_FROM
-    for form in cuda.FORMS:
-        run = lambda form=form: cuda._multiply(  # noqa: E731
-            act, cuda._widen(*target, m), *target, torch.bfloat16, form=form
-        )
-        times["linear" if form == "auto" else form] = microseconds(run)
+    times["linear"] = microseconds(lambda: cuda._multiply(act, cuda._widen(*target, m), *target, torch.bfloat16))
     times["ours"] = microseconds(lambda: ops.svdq_linear(x, packed, "fp8"))
     times["quantize"] = microseconds(lambda: cuda._quantize(x, [target]))
     bare = ops.pack(random_layer(n, k, "svdq", 0, True, "cuda", generator), "sm90a")
     times["ours_rank_0"] = microseconds(lambda: ops.svdq_linear(x, bare, "fp8"))
+    times["quantize_rank_0"] = microseconds(lambda: cuda._quantize(x, [(bare.blob, bare.spec)]))
     weight, bias = torch.randn(n, k, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
     times["bf16"] = microseconds(lambda: torch.nn.functional.linear(x, weight, bias))
     a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)

@@ -37,7 +37,6 @@ class Row(NamedTuple):
     command: str
     limit: int
     least: int = 25
-    environment: tuple[tuple[str, str], ...] = ()
 
 
 ROWS = (
@@ -47,7 +46,6 @@ ROWS = (
     Row("sana-int4", "bench/sana_step.py int4-eager", 60),
     Row("sana-bf16-eager", "bench/sana_step.py bf16-eager", 60),
     Row("flux-fp8", "bench/flux_step.py fp8", 250, 60),
-    Row("flux-int4-together", "bench/flux_step.py int4-eager", 60, 25, (("ENGINE_LINEAR_FORM", "together"),)),
     Row("budget-ours", "bench/budget.py ours", 90, 40),
     Row("budget-sequential", "bench/budget.py sequential --steps 2", 150, 60),
     Row("flux-int4-512", "bench/flux_step.py int4-eager --size 512", 60),
@@ -81,7 +79,7 @@ def start(row: Row, out: Path, keep: bool) -> subprocess.Popen:
     if keep:
         command += ["--json", str(out / f"{row.name}.partial.json")]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"} | dict(row.environment)
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     with (out / f"{row.name}.log").open("w") as log:
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -112,7 +110,7 @@ def measure(rows: list[Row], out: Path, end: float) -> None:
         done = finish(row, start(row, out, True), min(row.limit, left))
         partial = out / f"{row.name}.partial.json"
         found = json.loads(partial.read_text()) if partial.exists() else {"rows": []}
-        write_json(path, done | {"command": row.command, "environment": dict(row.environment)} | found)
+        write_json(path, done | {"command": row.command} | found)
         partial.unlink(missing_ok=True)
         shown = [{k: v for k, v in one.items() if k in SHOWN} for one in found["rows"]] or tail(out, row)
         print(row.name, done["exit"], done["wall_s"], json.dumps(shown), flush=True)
@@ -120,8 +118,7 @@ def measure(rows: list[Row], out: Path, end: float) -> None:
 
 SHOWN = (
     "ms", "graph_ms", "host_ms", "graph_host_ms", "weights_gib", "peak_gib", "same_bits", "graph_same_bits", "digest",
-    "error", "seconds", "step_s", "stages", "m", "n", "k", "linear", "together", "turns", "against_bf16",
-    "low_rank_share",
+    "error", "seconds", "step_s", "stages", "m", "n", "k", "linear", "against_bf16", "low_rank_share",
 )  # fmt: skip
 
 
@@ -175,7 +172,6 @@ def verdicts(out: Path) -> str:
     for at in ("512", "batch4", "2048"):
         value = ratio(f"flux-bf16-{at}", f"flux-int4-{at}")
         line(f"FLUX {at} against compiled BF16 (>= 1.4)", value, value >= 1.4)
-    line("turns: a step with warpgroups together over ours", ratio("flux-int4-together", "flux-int4"), True)
     step = {name: found.get(f"budget-{name}", {}).get("step_s", float("nan"))
             for name in ("ours", "sequential", "model", "group")}  # fmt: skip
     for name in ("sequential", "model"):

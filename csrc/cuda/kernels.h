@@ -17,9 +17,6 @@ Status dequantize_int4_sm80(const DequantizeInt4&, void* stream);
 Status dequantize_int4_sm90a(const DequantizeInt4&, void* stream);
 Status dequantize_int4_sm120a(const DequantizeInt4&, void* stream);
 
-// How the two multiplying warpgroups share the tiles of widened weights: both on one, or each on one of its own.
-enum class LinearForm : int { automatic = 0, together = 1, turns = 2 };
-
 // y (M,N) = weights x tokens in W4A8 with e4m3 tokens: sum_g scale_w[g] dot_g, * scale_act, + up x low_rank, + bias.
 //   codes [N/64][K/64][128][16]: what thread t of a warpgroup feeds to wgmma; engine/ops/wgmma64.py draws it
 //   wscales [N/64][K/64][64] 16-bit; row_most (N) fp32, a row's largest scale; up (N,R) bf16; bias (N) fp32; act
@@ -41,7 +38,6 @@ struct LinearFp8 {
   int tile;   // tokens of a tile: 64, 128 or 176 (128, 192 or 256 where `wide` is given); 0 chooses
   const uint8_t*
       wide;  // the weights as widen_fp8_sm90a wrote them, on a 128-byte border, or null: pays for many tokens
-  LinearForm form;  // of a product with `wide`
 };
 
 // wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; other members as there. NVFP4: codes are

@@ -17,7 +17,6 @@ def linear_fp8_sm90a(
     y_dtype: int,
     gelu: bool,
     tile: int,
-    form: int,
     stream: int,
     /,
 ) -> str | None: ...

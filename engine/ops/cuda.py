@@ -5,7 +5,6 @@ Backend "sm90a" (H100, H200): W4A8 with e4m3 tokens (mode "fp8"). sm80.py calls 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +20,6 @@ __all__ = ["check", "kernels", "linear", "norm_quantize", "quantize_act", "svdq_
 
 # From so many tokens on a product is faster with weights that were widened to 8 bits first (csrc/cuda/sm90a/widen.cuh).
 WIDE_FROM = 1024
-# How the product of widened weights shares its tiles among warpgroups (enum LinearForm in csrc/cuda/kernels.h). "auto"
-# takes what the tile count favours; ENGINE_LINEAR_FORM forces one, to compare them.
-FORMS = {"auto": 0, "together": 1, "turns": 2}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum DType in csrc/ops.h
 
 
@@ -100,7 +96,7 @@ def _widen(blob: Tensor, spec: Spec, m: int) -> Tensor:
 
 def _multiply(
     act: QuantizedAct, wide: Tensor, blob: Tensor, spec: Spec, out_dtype: torch.dtype,
-    *, gelu: bool = False, tile: int = 0, form: str = "",
+    *, gelu: bool = False, tile: int = 0,
 ) -> Tensor:  # fmt: skip
     codes, scales, low_rank = act
     parts, m = spec.sections, codes.shape[0]
@@ -114,20 +110,13 @@ def _multiply(
     with torch.cuda.device(codes.device):
         stream = torch.cuda.current_stream().cuda_stream
         types = _scale_dtype(spec), DTYPES[out_dtype]
-        check(kernels().linear_fp8_sm90a(addresses, sizes, *types, gelu, tile, _form(form), stream))
+        check(kernels().linear_fp8_sm90a(addresses, sizes, *types, gelu, tile, stream))
     return y
 
 
 def _scale_dtype(spec: Spec) -> int:
     # Of 16-bit scales; a kernel for NVFP4 does not ask.
     return DTYPES.get(spec.sections["scales"].dtype, 0)
-
-
-def _form(name: str) -> int:
-    name = name or os.environ.get("ENGINE_LINEAR_FORM", "auto")
-    if name not in FORMS:
-        raise ArgumentError(f"ENGINE_LINEAR_FORM: expected {', '.join(FORMS)}, got {name!r}")
-    return FORMS[name]
 
 
 def quantize_act(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> QuantizedAct:

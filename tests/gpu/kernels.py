@@ -22,14 +22,13 @@ def on_device(value: ops.CanonicalLinear | ops.AwqWeight) -> dict:
 
 
 def linears() -> None:
-    """quantize_act, the widening, and each form of the product; rank 80 has two stages of the low-rank branch."""
+    """quantize_act, the widening and the product; rank 80 has two stages of the low-rank branch."""
     for case in (Case(96, 200, 320, 32), Case(1100, 448, 320, 80), Case(1030, 256, 3264, 32)):
         weight = without_minus_eight(random_linear(case))
         packed = ops.pack(ops.CanonicalLinear(**on_device(weight)), "sm90a")
         act = cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(packed.blob, packed.spec)])[0]
         wide = cuda._widen(packed.blob, packed.spec, case.m)
-        for form in cuda.FORMS if wide.numel() else ("auto",):
-            cuda._multiply(act, wide, packed.blob, packed.spec, torch.bfloat16, gelu=True, form=form)
+        cuda._multiply(act, wide, packed.blob, packed.spec, torch.bfloat16, gelu=True)
 
 
 def passes() -> None:

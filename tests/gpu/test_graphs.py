@@ -68,9 +68,12 @@ def test_what_cannot_be_recorded_runs_plainly():
 
 @pytest.mark.parametrize("activation", ["w4a8", "w4a4"])
 def test_pictures_are_those_of_the_cpu(activation: str, monkeypatch: pytest.MonkeyPatch):
-    """As near as two backends of the CPU are to each other (test_layers.py says why that is not nearer).
+    """In W4A4 40 dB, or as near as two backends of the CPU are to each other less 4 dB; in W4A8 30 dB.
 
-    In W4A8 the tokens differ by design: INT8 on the CPU, e4m3 here.
+    40 dB is the project's goal for W4A4, and not the bound: AVX2 and the reference, whose codes are the same for the
+    same numbers, are about that far apart themselves, on either side of it, since a sum that is rounded the other way
+    moves a code by a step, and the layers after it follow. So below 40 dB need not be wrong; test_layers.py says part by
+    part what is. In W4A8 the tokens differ by design: INT8 on the CPU, e4m3 here.
     """
     if not (zoo_folder() / "flux-tiny" / "vae").is_dir():
         pytest.skip("the zoo's weights are not here")

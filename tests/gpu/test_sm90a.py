@@ -141,33 +141,6 @@ def test_a_lora_beside_the_norm():
     assert (got - wanted).norm() <= 0.01 * wanted.norm()
 
 
-TURNS = (
-    (1030, 256, 320, 32),
-    (4608, 3072, 3072, 32),
-    (1100, 1001, 640, 80),
-    (2048, 6720, 2240, 0),
-    (1024, 64, 128, 16),
-)
-
-
-@pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("sizes", TURNS)
-def test_warpgroups_in_turns_give_what_they_give_together(sizes: tuple[int, int, int, int], gelu: bool):
-    """Both add the same products in the same order; 80 ranks take two stages, an odd panel count leaves half a tile."""
-    m, n, k, rank = sizes
-    packed = ops.pack(on_device(without_minus_eight(random_linear(Case(m, n, k, rank)))), "sm90a")
-    act = cuda._quantize(tokens(Case(m, n, k, rank), torch.bfloat16).cuda(), [(packed.blob, packed.spec)])[0]
-    wide = cuda._widen(packed.blob, packed.spec, m)
-    for dtype in DTYPES:
-        together, turns, again = (
-            cuda._multiply(act, wide, packed.blob, packed.spec, dtype, gelu=gelu, form=form)
-            for form in ("together", "turns", "turns")
-        )
-        assert not turns.isnan().any()
-        assert torch.equal(turns, again)
-        torch.testing.assert_close(turns, together, rtol=2**-7, atol=1e-3)
-
-
 @pytest.mark.parametrize("factors", [False, True])
 @pytest.mark.parametrize("sizes", [(5, 24, 128, 16), (300, 200, 320, 32), (1500, 3072, 3072, 32)])
 def test_nvfp4_is_close_to_the_reference(sizes: tuple[int, int, int, int], factors: bool):

@@ -1,5 +1,5 @@
 // Launches the W4A8 linear of Hopper: tensor maps, tile size, grid.
-#include "linear_turns.cuh"
+#include "linear_wide.cuh"
 #include "tensor_map.cuh"
 
 #include <cuda_runtime_api.h>
@@ -82,19 +82,10 @@ Status wide(const LinearFp8& p, int clusters, cudaStream_t stream) {
   return launch(linear_wide_kernel<kTokens>, p, kTokens, S::kOut, S::kShared, clusters, stream);
 }
 
-Status in_turns(const LinearFp8& p, int clusters, cudaStream_t stream) {
-  using namespace sm90a;
-  using S = WideShape<kTurnTokens>;
-  return launch(linear_turns_kernel, p, kTurnTokens, S::kOut, S::kShared, clusters, stream);
-}
-
-constexpr int64_t kEnds = 24;  // a tile's start and end, in the time of so many tokens
-
-// Rounds of tiles, in tokens: what the slowest cluster does.
-int64_t rounds(const LinearFp8& p, int tokens, int clusters, bool hidden_ends = false) {
+// Rounds of tiles, in tokens: what the slowest cluster does. The constant stands for a tile's start and end.
+int64_t rounds(const LinearFp8& p, int tokens, int clusters) {
   const int64_t tiles = (p.m + tokens - 1) / tokens * ((p.n / sm90a::kRows + 3) / 4);
-  const int64_t most = (tiles + clusters - 1) / clusters;
-  return hidden_ends ? most * tokens + kEnds : most * (tokens + kEnds);
+  return (tiles + clusters - 1) / clusters * (tokens + 24);
 }
 
 }  // namespace
@@ -127,10 +118,6 @@ Status linear_fp8_sm90a(const LinearFp8& p, void* stream) {
   };
   if (p.wide) {
     const int tokens = chosen({128, 192, 256});
-    const bool fewer = rounds(p, sm90a::kTurnTokens, clusters, true) < rounds(p, tokens, clusters);
-    if (p.form == LinearForm::turns || (p.form == LinearForm::automatic && !p.tile && fewer)) {
-      return in_turns(p, clusters, at);
-    }
     return tokens == 128   ? wide<128>(p, clusters, at)
            : tokens == 192 ? wide<192>(p, clusters, at)
                            : wide<256>(p, clusters, at);
