@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.generate import Engine
-from engine.graphs import record
+from engine.graphs import record, unrecorded
 from engine.metrics import psnr
 from engine.models.catalogue import zoo_folder
 from engine.request import Request
@@ -64,6 +64,21 @@ def test_what_cannot_be_recorded_runs_plainly():
     outs = [model(**inputs(16, 1))[0] for _ in range(3)]
     assert recorder.refused
     assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@torch.inference_mode()
+def test_hooks_on_layers_are_called_where_nothing_is_recorded():
+    model = on_device()
+    recorder, blocks = record(model), [*model.single_transformer_blocks]
+    before = [model(**inputs(16, 1))[0] for _ in range(3)][-1]
+    seen: list[torch.Size] = []
+    handle = blocks[0].proj_mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    with unrecorded(model):
+        outs = [model(**inputs(16, 1))[0] for _ in range(3)]
+    handle.remove()
+    assert len(seen) == 3
+    assert recorder.recordings == 0
+    assert all(torch.equal(out, before) for out in outs)
 
 
 @pytest.mark.parametrize("activation", ["w4a8", "w4a4"])
