@@ -87,8 +87,8 @@ def test_pictures_are_those_of_the_cpu(activation: str, monkeypatch: pytest.Monk
 
     40 dB is the project's goal for W4A4, and not the bound: AVX2 and the reference, whose codes are the same for the
     same numbers, are about that far apart themselves, on either side of it, since a sum that is rounded the other way
-    moves a code by a step, and the layers after it follow. So below 40 dB need not be wrong; test_layers.py says part by
-    part what is. In W4A8 the tokens differ by design: INT8 on the CPU, e4m3 here.
+    moves a code by a step, and the layers after it follow. So below 40 dB need not be wrong; test_layers.py says
+    part by part what is. In W4A8 the tokens differ by design: INT8 on the CPU, e4m3 here.
     """
     if not (zoo_folder() / "flux-tiny" / "vae").is_dir():
         pytest.skip("the zoo's weights are not here")
