@@ -6,19 +6,19 @@
 
 Weights are random: the time of a step does not depend on them, and no download is needed. Every variant is compiled
 (`compile_repeated_blocks`) unless its name ends in `-eager`; each is timed as it is called, then replayed as one CUDA
-graph. Prints a line of JSON a variant: milliseconds (median and best), GiB of weights, GiB at the peak. Needs a CUDA
-device.
+graph. Prints a line of JSON a variant: milliseconds (median and best), of the host alone too (until a call returns, the
+device being idle before), GiB of weights, GiB at the peak, a hash of the output. Needs a CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,84 +27,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-CONFIG: dict[str, Any] = dict(
-    patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
-    joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
-)  # fmt: skip
+from bench.evaluation.machine import machine, write_json
+from bench.random_models import CONFIG, dense, quantized, random_layer, random_nvfp4
+
 GIB = 2**30
-
-
-def dense(device: str, config: dict) -> nn.Module:
-    """The 16-bit transformer with random weights, made on the device."""
-    from diffusers import FluxTransformer2DModel
-
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = FluxTransformer2DModel(**config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            parameter.data.normal_(0, 0.02)
-    return model.eval().requires_grad_(False)
-
-
-def random_layer(n: int, k: int, kind: str, rank: int, bias: bool, device: str, generator: torch.Generator) -> Any:
-    """A quantized linear whose weights have the size of trained ones: about 0.02 each."""
-    from engine import ops
-
-    draw: dict[str, Any] = dict(generator=generator, device=device)
-    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, **draw)
-    added = torch.randn(n, **draw).bfloat16() * 0.02 if bias else None
-    if kind == "awq":
-        scales = torch.full((n, k // 64), 0.005, dtype=torch.bfloat16, device=device)
-        return ops.AwqWeight(codes=codes, scales=scales, zeros=-8 * scales, bias=added)
-    # -8 is a code that quantizers do not write.
-    low, high = codes & 15, codes >> 4
-    codes = torch.where(low == 8, 9, low) | (torch.where(high == 8, 9, high) << 4)
-    return ops.CanonicalLinear(
-        codes=codes.to(torch.uint8),
-        wscales=(torch.rand(n, k // 64, **draw) * 0.004 + 0.003).bfloat16(),
-        smooth=(torch.rand(k, **draw) + 0.5).bfloat16(),
-        lora_down=(torch.randn(rank, k, **draw) * 0.02).bfloat16(),
-        lora_up=(torch.randn(n, rank, **draw) * 0.02).bfloat16(),
-        bias=added,
-    )
-
-
-def quantized(device: str, config: dict, activation: str, rank: int) -> nn.Module:
-    """The 4-bit transformer with random weights; no 16-bit copy of it ever exists."""
-    from diffusers import FluxTransformer2DModel
-
-    from engine import ops
-    from engine.linear import resolve_activation
-    from engine.models import flux
-    from engine.models.install import install
-    from engine.models.plan import get_linear
-
-    where = torch.device(device, torch.cuda.current_device())
-    with torch.device("meta"):
-        model = flux.prepare(FluxTransformer2DModel(**config))
-    backend, generator = ops.backends.select(where).name, torch.Generator(where).manual_seed(0)
-    for group in flux.plan(model):
-        layers = {}
-        shared = None
-        for name in group.names:
-            linear = get_linear(model, name)
-            layer = random_layer(linear.out_features, linear.in_features, group.kind, rank, linear.bias is not None,
-                                 device, generator)  # fmt: skip
-            if group.kind == "svdq":
-                shared = shared or layer
-                layer = ops.CanonicalLinear(**vars(layer) | {"smooth": shared.smooth, "lora_down": shared.lora_down})
-            layers[name] = layer
-        install(model, group, layers, backend=backend, activation=resolve_activation(activation, where),
-                dtype=torch.bfloat16)  # fmt: skip
-    flux.fuse(model)
-    rest = {name: torch.randn(p.shape, device=where, dtype=torch.bfloat16) * 0.02
-            for name, p in model.state_dict().items() if p.is_meta}  # fmt: skip
-    model.load_state_dict(rest, strict=False, assign=True)
-    return model.eval().requires_grad_(False)
 
 
 def torchao_fp8(model: nn.Module) -> None:
@@ -149,6 +75,24 @@ def timed(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
 
 
 @torch.no_grad()
+def host_milliseconds(call: Callable[[], Any], repeats: int) -> float:
+    """Median milliseconds until `call` returns, which is before the device is done: what the host spends on it."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - began) * 1e3)
+    torch.cuda.synchronize()
+    return sorted(times)[repeats // 2]
+
+
+def digest(value: Tensor) -> str:
+    """The bits of a tensor, in short."""
+    return hashlib.sha256(value.contiguous().view(torch.uint8).cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+@torch.no_grad()
 def recorded(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """`call` as a CUDA graph, and the tensor that its replays fill."""
     stream = torch.cuda.Stream()
@@ -165,34 +109,49 @@ def recorded(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One variant: built, compiled, run, recorded."""
-    kind, _, how = name.partition("-")
+    kind = name.partition("-")[0]
     config = CONFIG | ({"num_layers": 2, "num_single_layers": 4} if options.few else {})
+
+    def build() -> nn.Module:
+        if kind in ("int4", "int4a4", "nvfp4"):
+            layer = random_nvfp4 if kind == "nvfp4" else random_layer
+            return quantized("cuda", config, "w4a4" if kind == "int4a4" else "auto", options.rank, layer)
+        model = dense("cuda", config)
+        if kind == "fp8":
+            torchao_fp8(model)
+        return model
+
+    return measured(name, build, lambda: inputs("cuda", options.size, options.batch, config), options)
+
+
+def measured(
+    name: str, build: Callable[[], Any], made: Callable[[], dict], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The row of a model that `build` makes, for the inputs that `made` gives."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
     began, before = time.time(), torch.cuda.memory_allocated()
-    if kind in ("int4", "int4a4"):
-        model = quantized("cuda", config, "w4a4" if kind == "int4a4" else "auto", options.rank)
-    else:
-        model = dense("cuda", config)
-    if kind == "fp8":
-        torchao_fp8(model)
+    model = build()
     gc.collect()
     torch.cuda.empty_cache()
     row: dict[str, Any] = {"variant": name, "weights_gib": (torch.cuda.memory_allocated() - before) / GIB}
-    if how != "eager":
+    if not name.endswith("-eager"):
         model.compile_repeated_blocks(fullgraph=True)
-    x = inputs("cuda", options.size, options.batch, config)
+    x = made()
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
         first = model(**x)[0]
+        torch.cuda.synchronize()
         row["setup_s"] = time.time() - began
         row["same_bits"] = bool(torch.equal(first, model(**x)[0]))
-    row["finite"] = bool(first.isfinite().all())
+    row["finite"], row["digest"] = bool(first.isfinite().all()), digest(first)
     row["ms"], row["best_ms"] = timed(lambda: model(**x), options.repeats)
+    row["host_ms"] = host_milliseconds(lambda: model(**x), options.repeats)
     row["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / GIB
     graph, out = recorded(lambda: model(**x)[0])
     row["graph_ms"], row["graph_best_ms"] = timed(graph.replay, options.repeats)
+    row["graph_host_ms"] = host_milliseconds(graph.replay, options.repeats)
     row["graph_same_bits"] = bool(torch.equal(out, first))
     if options.profile:
         profile(lambda: model(**x))
@@ -215,7 +174,7 @@ def main() -> None:
     """Parse the command line, measure each variant, write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", default=["bf16", "int4"],
-                        help="bf16, fp8, int4, int4a4; with -eager not compiled")  # fmt: skip
+                        help="bf16, fp8, int4, int4a4, nvfp4; with -eager not compiled")  # fmt: skip
     parser.add_argument("--size", type=int, default=1024, help="pixels of a side")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=32)
@@ -224,18 +183,21 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print the slowest kernels")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = []
-    for name in options.variants:
+    settings = {"size": options.size, "batch": options.batch}
+    report(options.variants, lambda name: measure(name, options), options.json, settings)
+
+
+def report(names: Iterable[str], measure: Callable[[str], dict], path: Path | None, settings: dict) -> None:
+    """Measure every variant, print each as a line of JSON, and keep `path` up to date after each of them."""
+    rows: list[dict] = []
+    for name in names:
         try:
-            rows.append(measure(name, options))
+            rows.append(measure(name))
         except Exception as error:
             rows.append({"variant": name, "error": f"{type(error).__name__}: {error}"[:500]})
         print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        told = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name(),
-                "torch": torch.__version__, "size": options.size, "batch": options.batch, "rows": rows}  # fmt: skip
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        if path:
+            write_json(path, machine(torch.device("cuda")) | settings | {"rows": rows})
 
 
 if __name__ == "__main__":

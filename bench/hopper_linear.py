@@ -2,8 +2,10 @@
 
     python bench/hopper_linear.py --json bench/results/linear-h200.json
 
-Ours is timed without and with the quantization of its tokens. Rivals: torch's BF16 linear, and torch's FP8 product with
-row scales (`_scaled_mm`, fast accumulation), whose weights take twice the memory. Needs compute capability 9.0.
+Ours is timed with the quantization of its tokens and without (`linear`: widening, low-rank branch and bias included),
+and without a low-rank branch; `low_rank_share` is what the branch adds to quantization and linear together. Rivals:
+torch's BF16 linear, and torch's FP8 product with row scales (`_scaled_mm`, fast accumulation), whose weights take twice
+the memory. Needs compute capability 9.0.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-SHAPES = ((4608, 12288, 3072), (4608, 3072, 12288), (4608, 9216, 3072), (4608, 3072, 3072), (512, 9216, 3072))
+from bench.evaluation.machine import machine, write_json
+
+SHAPES = ((4608, 12288, 3072), (4608, 3072, 12288), (4608, 9216, 3072), (4608, 3072, 3072), (4096, 3072, 3072),
+          (512, 9216, 3072), (2048, 11200, 2240), (2048, 2240, 2240))  # fmt: skip
 
 
 def microseconds(call: Callable[[], object], repeats: int = 15, inner: int = 8) -> float:
@@ -46,7 +50,7 @@ def microseconds(call: Callable[[], object], repeats: int = 15, inner: int = 8) 
 
 def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
     """Microseconds of one shape, ours and the rivals'."""
-    from bench.flux_step import random_layer
+    from bench.random_models import random_layer
     from engine import ops
     from engine.ops import cuda
 
@@ -66,8 +70,12 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
             )
             times[f"{name}{tile or ''}"] = microseconds(run)
     cuda.WIDE_FROM = WIDE_FROM
+    times["linear"] = microseconds(lambda: cuda._multiply(act, cuda._widen(*target, m), *target, torch.bfloat16))
     times["ours"] = microseconds(lambda: ops.svdq_linear(x, packed, "fp8"))
     times["quantize"] = microseconds(lambda: cuda._quantize(x, [target]))
+    bare = ops.pack(random_layer(n, k, "svdq", 0, True, "cuda", generator), "sm90a")
+    times["ours_rank_0"] = microseconds(lambda: ops.svdq_linear(x, bare, "fp8"))
+    times["quantize_rank_0"] = microseconds(lambda: cuda._quantize(x, [(bare.blob, bare.spec)]))
     weight, bias = torch.randn(n, k, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
     times["bf16"] = microseconds(lambda: torch.nn.functional.linear(x, weight, bias))
     a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
@@ -75,8 +83,11 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
     fp8 = lambda: torch._scaled_mm(a, b.T, *ones, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
     times["fp8"] = microseconds(fp8)
     flops = 2e-6 * m * n * k
-    return {key: value if key in "mnk" else {"us": round(value, 1), "tflops": round(flops / value, 1)}
+    told = {key: value if key in "mnk" else {"us": round(value, 1), "tflops": round(flops / value, 1)}
             for key, value in times.items()}  # fmt: skip
+    told["against_bf16"] = round(times["bf16"] / times["linear"], 2)
+    told["low_rank_share"] = round(times["ours"] / times["ours_rank_0"] - 1, 3)
+    return told
 
 
 WIDE_FROM = 1024
@@ -86,18 +97,15 @@ def main() -> None:
     """Parse the command line, time every shape, print a line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--tiles", type=int, nargs="*", default=[0], help="tile sizes; 0 lets the launch choose")
+    parser.add_argument("--tiles", type=int, nargs="*", default=[], help="also time these tile sizes")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
     for shape in SHAPES:
         rows.append(row(*shape, options.rank, options.tiles))
         print(json.dumps(rows[-1]), flush=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        told = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name(),
-                "torch": torch.__version__, "rank": options.rank, "rows": rows}  # fmt: skip
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        if options.json:
+            write_json(options.json, machine(torch.device("cuda")) | {"rank": options.rank, "rows": rows})
 
 
 if __name__ == "__main__":

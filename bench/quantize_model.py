@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.flux_step import CONFIG
+from bench.random_models import CONFIG
 from engine.checkpoint.writer import FileWriter
 from engine.models.catalogue import zoo_folder
 

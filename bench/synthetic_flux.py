@@ -21,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.flux_step import CONFIG
+from bench.random_models import CONFIG
 from engine.checkpoint import nunchaku
 from engine.checkpoint.linears import GROUPS
 from engine.checkpoint.pieces import Stored

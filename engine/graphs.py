@@ -2,22 +2,24 @@
 
     recorder = record(transformer)      # from the second call of a shape on, calls replay what the first ones did
     recorder.forget()                   # after a change of weights that is not made in place
+    with unrecorded(model): ...         # hooks inside the model are called, which a replay knows nothing of
 
 What cannot be recorded (inputs that are no plain tensors, a model whose parts come and go) runs as before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Recorder", "forget", "record"]
+__all__ = ["Recorder", "forget", "record", "unrecorded"]
 
 _PLAIN = (bool, int, float, str, type(None))
 Key = tuple[Any, ...]
@@ -38,6 +40,21 @@ def forget(model: nn.Module) -> None:
         found.forget()
 
 
+@contextlib.contextmanager
+def unrecorded(model: nn.Module) -> Iterator[None]:
+    """Forget what was recorded of `model`, and let its calls run as they are meanwhile: for hooks on its layers."""
+    forget(model)
+    found = model.__dict__.get("forward")
+    if not isinstance(found, Recorder):
+        yield
+        return
+    before, found.paused = found.paused, True
+    try:
+        yield
+    finally:
+        found.paused = before
+
+
 class Recorder:
     """Stands in for a model's `forward`. The first call of a shape runs as it is, which warms kernels up; the second is
     recorded. The shapes used last are kept, each with the memory of its activations."""
@@ -49,10 +66,11 @@ class Recorder:
         self._attention = [part for part in model.modules() if hasattr(part, "processor")]
         self._seen: OrderedDict[Key, _Recording | None] = OrderedDict()
         self.refused = ""
+        self.paused = False
         functools.update_wrapper(self, self._forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        key = None if self.refused else self._key(args, kwargs)
+        key = None if self.refused or self.paused else self._key(args, kwargs)
         if key is None:
             return self._forward(*args, **kwargs)
         if key not in self._seen:

@@ -4,8 +4,9 @@
     python -m zoo.evaluate_image sketch --lora zoo/weights/sketch-tiny --outline zoo/weights/outline-tiny \
         --probe zoo/weights/probe --precisions bf16 int4@w4a4 int4@w4a8 --out DIR
 
-Held-out scenes with fixed seeds; all precisions start from the same noise. Written to --out: results.json (figures and
-settings), a table on the terminal and in RESULTS.md, and a contact sheet a precision.
+Models are loaded, and LoRAs put on them, as the pages do it: that of --lora, and that in the folder of --redux where
+there is one. Held-out scenes with fixed seeds; all precisions start from the same noise. Written to --out: results.json
+(figures and settings), a table on the terminal and in RESULTS.md, and a contact sheet a precision.
 
 Redux figures: objects (all objects of the source are in the variation, with colour and shape), each (share of objects),
 copy_psnr (dB against the source: high would mean a copy), and for mixes half and half of two pictures: colors_both (a
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import platform
 import time
@@ -29,15 +31,17 @@ from typing import Any
 
 import torch
 
+from engine.models.catalogue import ModelSpec, resolve
 from zoo import scenes
 from zoo.evaluate import EVALUATION_SEED, FIRST_NOISE_SEED, psnr
 from zoo.probe import Detection, Probe
 from zoo.probe.judge import agrees, rates
 from zoo.scenes import Caption, Named
 from zoo.scenes.sheet import contact_sheet
-from zoo.train import outliner, redux_paint, side, strokes
+from zoo.train import outliner, redux_paint, strokes
 from zoo.train.dist import without_cudnn_attention
 from zoo.train.edges import canny
+from zoo.train.lora import WEIGHTS
 
 Figures = dict[str, float]
 ALPHAS = (0.28, 0.4, 0.5)
@@ -52,6 +56,16 @@ class Bench:
     probe: Probe
     engines: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @functools.cached_property
+    def spec(self) -> ModelSpec:
+        """The base with the LoRA that is to be scored; Redux of a large model needs none."""
+        options = self.options
+        path = (options.redux if options.kind == "redux" else options.lora) / WEIGHTS
+        spec = resolve(options.model)
+        if options.kind == "redux" and not path.is_file():
+            return spec
+        return dataclasses.replace(spec, lora=str(path.resolve()))
+
     def engine(self, precision: str) -> Any:
         """The engine of `bf16`, `int4`, `int4@w4a4` ...; text encoders and VAE are shared."""
         from engine import Engine
@@ -60,7 +74,7 @@ class Bench:
             name, _, activation = precision.partition("@")
             share = next(iter(self.engines.values()), None)
             self.engines[precision] = Engine.load(
-                self.options.model, name, device=self.device, activation=activation or "auto", share=share
+                self.spec, name, device=self.device, activation=activation or "auto", share=share
             )
             self.engines[precision].pipe.set_progress_bar_config(disable=True)
         return self.engines[precision]
@@ -220,21 +234,19 @@ def evaluate_sketch(bench: Bench) -> tuple[dict[str, Figures], dict[str, torch.T
 
 def one_step(bench: Bench, precision: str, pages: torch.Tensor, prompts: list[str], alpha: float) -> torch.Tensor:
     """Sketches (B, 3, S, S) uint8 painted by the app's own sampler, each from its own seed: (B, 3, S, S) uint8."""
+    from engine.lora import set_lora_strength
     from engine.models.sketch import sketch_to_image
 
     engine, size, out = bench.engine(precision), bench.options.size, []
-    attached = side.attach(engine.pipe.transformer, bench.options.lora)
-    try:
-        for part in bench.parts(len(pages)):
-            seeds = range(FIRST_NOISE_SEED + part.start, FIRST_NOISE_SEED + part.stop)
-            images = sketch_to_image(
-                engine.pipe, pages[part].float() / 255, prompts[part], alpha,
-                [torch.Generator("cpu").manual_seed(s) for s in seeds], height=size, width=size,
-                max_sequence_length=engine.spec.max_sequence_length, strength=attached, output_type="pt",
-            )  # fmt: skip
-            out.append((images.float() * 255 + 0.5).clamp(0, 255).to(torch.uint8).cpu())
-    finally:
-        attached.detach()
+    strength = functools.partial(set_lora_strength, engine, engine.spec.name)
+    for part in bench.parts(len(pages)):
+        seeds = range(FIRST_NOISE_SEED + part.start, FIRST_NOISE_SEED + part.stop)
+        images = sketch_to_image(
+            engine.pipe, pages[part].float() / 255, prompts[part], alpha,
+            [torch.Generator("cpu").manual_seed(s) for s in seeds], height=size, width=size,
+            max_sequence_length=engine.spec.max_sequence_length, strength=strength, output_type="pt",
+        )  # fmt: skip
+        out.append((images.float() * 255 + 0.5).clamp(0, 255).to(torch.uint8).cpu())
     return torch.cat(out)
 
 
@@ -317,7 +329,8 @@ def _parser() -> argparse.ArgumentParser:
         add("--device", default="auto", help="auto, cpu or cuda[:N] (default auto)")
         add("--seed", type=int, default=EVALUATION_SEED, help=f"of scenes and captions (default {EVALUATION_SEED})")
         add("--out", type=Path, required=True, help="folder for the results")
-    redux.add_argument("--redux", type=Path, required=True, help="folder of the prior pipeline")
+    redux.add_argument("--redux", type=Path, required=True, help="folder of the prior pipeline; the LoRA in it, if "
+        "there is one, is put on --model, in place of one that the catalogue gives it")  # fmt: skip
     redux.add_argument("--steps", type=int, default=12)
     redux.add_argument("--guidance", type=float, default=2.5)
     redux.add_argument("--text-length", type=int, default=0, help="tokens of the empty prompt (default: 512)")

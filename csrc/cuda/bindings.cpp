@@ -60,9 +60,10 @@ Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 
 }
 
 // Addresses and sizes in the order of the struct's members.
-Status widen_fp8(const std::array<uintptr_t, 4>& a, int64_t n, int64_t k, int scale_dtype, uintptr_t stream) {
-  return widen_fp8_sm90a({at<const uint8_t>(a[0]), at<const uint16_t>(a[1]), at<const float>(a[2]), at<uint8_t>(a[3]),
-                          n, k, DType(scale_dtype)},
+Status widen_fp8(const std::array<uintptr_t, 4>& a, int64_t n, int64_t k, int scale_dtype, bool nvfp4,
+                 uintptr_t stream) {
+  return widen_fp8_sm90a({at<const uint8_t>(a[0]), at<const void>(a[1]), at<const float>(a[2]), at<uint8_t>(a[3]), n, k,
+                          DType(scale_dtype), nvfp4},
                          at<void>(stream));
 }
 
@@ -149,6 +150,21 @@ Status rotate_heads(const std::array<uintptr_t, 11>& a, const std::array<int, 4>
       at<void>(stream));
 }
 
+// Addresses in the order of the struct's members; sizes: batch, height, width, channels, padded.
+Status depthwise_glu(const std::array<uintptr_t, 4>& a, const std::array<int, 5>& sizes, uintptr_t stream) {
+  return depthwise_glu_sm80({at<const void>(a[0]), at<const void>(a[1]), at<const void>(a[2]), at<void>(a[3]), sizes[0],
+                             sizes[1], sizes[2], sizes[3], sizes[4]},
+                            at<void>(stream));
+}
+
+// The same; sizes: tokens, run, batch, heads.
+Status linear_attention(const std::array<uintptr_t, 3>& a, const std::array<int64_t, 4>& sizes, float epsilon,
+                        uintptr_t stream) {
+  return linear_attention_sm80({at<const void>(a[0]), at<float>(a[1]), at<void>(a[2]), sizes[0], sizes[1],
+                                static_cast<int>(sizes[2]), static_cast<int>(sizes[3]), epsilon},
+                               at<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -162,6 +178,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("awq_linear_sm80", &awq_linear);
   m.def("rotate_heads_sm80", &rotate_heads);
   m.def("gated_add_sm80", &gated_add);
+  m.def("depthwise_glu_sm80", &depthwise_glu);
+  m.def("linear_attention_sm80", &linear_attention);
   m.def("widen_fp8_sm90a", &widen_fp8);
   m.def("linear_fp8_sm90a", &linear_fp8);
   m.def("quantize_fp8_sm90a", &quantize_fp8);

@@ -40,14 +40,16 @@ struct LinearFp8 {
       wide;  // the weights as widen_fp8_sm90a wrote them, on a 128-byte border, or null: pays for many tokens
 };
 
-// wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; other members as there.
+// wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; other members as there. NVFP4: codes are
+// e2m1 in the same places, wscales [N/64][K/64][4][64] e4m3; row_most (here without tensor and row factors) too.
 struct WidenFp8 {
   const uint8_t* codes;
-  const uint16_t* wscales;
+  const void* wscales;
   const float* row_most;
   uint8_t* wide;
   int64_t n, k;
   DType scale_dtype;
+  bool nvfp4;
 };
 
 // A linear that reads the tokens of QuantizeFp8: inv_smooth (K) fp32 or null, down [K/32][R/8][8][32] bf16 (what a warp
@@ -81,6 +83,26 @@ struct GatedAdd {
   const void *x, *gate, *y, *y2;
   void* out;
   int64_t m, k, tokens_per_sample, gate_stride;
+};
+
+// SANA's feed-forward between its linears: h = silu(x) convolved 3x3, each channel with itself, zeros around it; out =
+// h[..C] * silu(h[C..]). x (batch,height,width,2C), weight (2C,3,3), bias (2C), out (batch,height,width,padded), zeros
+// past C; all bf16 and dense, C and padded even.
+struct DepthwiseGlu {
+  const void *x, *weight, *bias;
+  void* out;
+  int batch, height, width, channels, padded;
+};
+
+// out (batch,tokens,heads*32) bf16 = SANA's linear attention of qkv (batch,tokens,3*heads*32) bf16, both dense and on
+// 16-byte borders. sums: (batch,heads,tokens/run rounded up,33*32) fp32 to work in; `run` tokens are summed at a time.
+struct LinearAttention {
+  const void* qkv;
+  float* sums;
+  void* out;
+  int64_t tokens, run;
+  int batch, heads;
+  float epsilon;
 };
 
 // What 16-bit attention reads, from the projections of a joint sequence: text tokens first, then the picture's. A row
@@ -126,6 +148,8 @@ Status linear_sm80(const Linear&, void* stream);
 Status awq_linear_sm80(const AwqLinear&, void* stream);
 Status gated_add_sm80(const GatedAdd&, void* stream);
 Status rotate_heads_sm80(const RotateHeads&, void* stream);
+Status depthwise_glu_sm80(const DepthwiseGlu&, void* stream);
+Status linear_attention_sm80(const LinearAttention&, void* stream);
 
 Status widen_fp8_sm90a(const WidenFp8&, void* stream);
 Status linear_fp8_sm90a(const LinearFp8&, void* stream);

@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from engine import ops
-from engine.linear import SVDQuantLinear
+from engine.models.normed import normed
 
 __all__ = ["FusedDoubleBlock", "FusedSingleBlock", "fuse_blocks", "unfuse_blocks"]
 
@@ -41,7 +41,7 @@ class FusedSingleBlock(FluxSingleTransformerBlock):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         text, x = encoder_hidden_states.shape[1], _joined(encoder_hidden_states, hidden_states)
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
-        qkv, mlp = _normed(x, scale, shift, self.norm.norm, self.attn.to_qkv, self.proj_mlp)
+        qkv, mlp = normed(x, scale, shift, self.norm.norm, self.attn.to_qkv, self.proj_mlp)
         attended = _attend(self.attn, qkv, None, image_rotary_emb)
         out: Any = self.proj_out
         x = ops.gated_add(x, gate, out.attn(attended), out.mlp(self.act_mlp(mlp)))
@@ -66,8 +66,8 @@ class FusedDoubleBlock(FluxTransformerBlock):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         attn, length = self.attn, encoder_hidden_states.shape[1]
         picture, text = (norm.linear(norm.silu(temb)).chunk(6, dim=1) for norm in (self.norm1, self.norm1_context))
-        (qkv,) = _normed(hidden_states, picture[1], picture[0], self.norm1.norm, attn.to_qkv)
-        (added,) = _normed(encoder_hidden_states, text[1], text[0], self.norm1_context.norm, attn.to_added_qkv)
+        (qkv,) = normed(hidden_states, picture[1], picture[0], self.norm1.norm, attn.to_qkv)
+        (added,) = normed(encoder_hidden_states, text[1], text[0], self.norm1_context.norm, attn.to_added_qkv)
         attended = _attend(attn, qkv, added, image_rotary_emb)
         seen, read = attended[:, length:], attended[:, :length]
         hidden_states = ops.gated_add(hidden_states, picture[2], attn.to_out[0](seen.contiguous()))
@@ -99,19 +99,8 @@ def _plain(attn: Any) -> bool:
 def _feed(ff: Any, norm: nn.LayerNorm, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
     """A stream (B, M, D) with its feed-forward network added; modulation is shift, scale, gate (B, D) twice."""
     activation, _, out = ff.net
-    (y,) = _normed(x, modulation[4], modulation[3], norm, activation.proj)
+    (y,) = normed(x, modulation[4], modulation[3], norm, activation.proj)
     return ops.gated_add(x, modulation[5], out(activation.gelu(y)))
-
-
-def _normed(x: Tensor, scale: Tensor, shift: Tensor, norm: nn.LayerNorm, *layers: nn.Module) -> list[Tensor]:
-    """Each layer's output for norm(x) * (1 + scale) + shift; x (B, M, D), scale and shift (B, D)."""
-    if all(isinstance(layer, SVDQuantLinear) and layer.backend == "sm90a" for layer in layers):
-        quantized: Any = layers
-        acts = ops.norm_quantize(x, scale, shift, norm.eps, [layer.packed for layer in quantized], quantized[0].mode)
-        outs = [layer.multiply(act, x.dtype) for layer, act in zip(quantized, acts, strict=True)]
-        return [out.view(*x.shape[:-1], -1) for out in outs]
-    normed = norm(x) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-    return [layer(normed) for layer in layers]
 
 
 def _attend(attn: Any, qkv: Tensor, text: Tensor | None, rotary: Rotary) -> Tensor:

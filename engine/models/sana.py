@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import ops
 from engine.models.plan import LinearGroup
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 MODEL_CLASS = "SanaTransformer2DModel"
-_EPSILON = 1e-15
 
 
 class ChannelsLastGLU(nn.Module):
@@ -48,13 +47,16 @@ class ChannelsLastGLU(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """x (B, D, height, width) -> the same shape."""
-        x = F.silu(self.conv_inverted(hidden_states.movedim(1, -1)))
-        x = self.conv_depth(x.movedim(-1, 1))
-        value, gate = x.movedim(1, -1).chunk(2, dim=-1)
-        x = value * F.silu(gate)
-        # A 4-bit conv_point is as wide as whole groups of 64; its extra inputs count for nothing.
-        x = F.pad(x, (0, self.conv_point.in_features - x.shape[-1]))
-        return self.conv_point(x).movedim(-1, 1)
+        wide = self.conv_inverted(hidden_states.movedim(1, -1))
+        return self.conv_point(self.between(wide)).movedim(-1, 1)
+
+    def between(self, wide: Tensor) -> Tensor:
+        """Outputs of conv_inverted (B, height, width, 2H) -> inputs of conv_point (B, height, width, H).
+
+        A 4-bit conv_point is as wide as whole groups of 64; its extra inputs count for nothing.
+        """
+        conv: Any = self.conv_depth
+        return ops.depthwise_glu(wide, conv.weight, conv.bias, self.conv_point.in_features)
 
 
 def prepare(model: SanaTransformer2DModel) -> SanaTransformer2DModel:
@@ -84,7 +86,10 @@ def plan(model: SanaTransformer2DModel) -> list[LinearGroup]:
 
 def fuse(model: SanaTransformer2DModel) -> None:
     """Everything that makes fewer and larger calls of a model whose linears were replaced, in place."""
+    from engine.models.sana_blocks import fuse_blocks
+
     use_fused_qkv(model)
+    fuse_blocks(model)
 
 
 def use_fused_qkv(model: SanaTransformer2DModel) -> None:
@@ -96,10 +101,7 @@ def use_fused_qkv(model: SanaTransformer2DModel) -> None:
 
 
 class LinearAttention:
-    """SANA's self-attention (arXiv 2410.10629, section 2.2) for blocks with or without a fused `to_qkv`.
-
-    out = (V relu(K)^T) relu(Q) / (sum_n relu(K)_n . relu(Q)), sums in float32.
-    """
+    """ops.linear_attention for blocks with or without a fused `to_qkv`."""
 
     def __call__(
         self,
@@ -109,6 +111,8 @@ class LinearAttention:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """x (B, M, D) -> (B, M, D)."""
+        if hasattr(attn, "to_qkv") and attn.norm_q is None and attn.norm_k is None:
+            return _out(attn, ops.linear_attention(attn.to_qkv(hidden_states), attn.heads))
         query, key, value = _qkv(attn, hidden_states)
         return _out(attn, _linear_attention(query, key, value, attn.heads))
 
@@ -150,11 +154,7 @@ def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _linear_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Query, key and value (B, M, D) -> (B, M, D), in their type."""
-    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2).float() for part in (query, key, value))  # (B, h, M, d)
-    q, k = F.relu(q), F.relu(k)
-    attended = q @ (k.transpose(-1, -2) @ v)
-    weight = q @ k.sum(dim=2).unsqueeze(-1)
-    return (attended / (weight + _EPSILON)).transpose(1, 2).flatten(2).to(value.dtype)
+    return ops.linear_attention(torch.cat([query, key, value], dim=-1), heads)
 
 
 def _out(attn: Any, x: Tensor) -> Tensor:

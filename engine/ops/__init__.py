@@ -20,6 +20,7 @@ from engine.ops.canonical import AwqWeight, CanonicalLinear, dequantize, dequant
 from engine.ops.layout import PackedAwq, PackedLinear, pack, pack_awq, unpack, unpack_awq
 from engine.ops.passes import gated_add, rotate_heads
 from engine.ops.reference import GELU_SHIFT, MODES, QuantizedAct
+from engine.ops.sana import depthwise_glu, linear_attention
 
 __all__ = [
     "GELU_SHIFT",
@@ -31,10 +32,12 @@ __all__ = [
     "QuantizedAct",
     "awq_linear",
     "backends",
+    "depthwise_glu",
     "dequantize",
     "dequantize_awq",
     "gated_add",
     "linear",
+    "linear_attention",
     "norm_quantize",
     "pack",
     "pack_awq",

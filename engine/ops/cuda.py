@@ -83,12 +83,14 @@ def _widen(blob: Tensor, spec: Spec, m: int) -> Tensor:
     """The weights in e4m3 for a product with m tokens, or nothing where that does not pay."""
     parts, base = spec.sections, blob.data_ptr()
     n, k = (size * 64 for size in parts["codes"].shape[:2])
-    wide = torch.empty(n * k if m >= WIDE_FROM else 0, dtype=torch.uint8, device=blob.device)
+    nvfp4 = "raw_most" in parts  # whose groups of 16 the product for few tokens does not know
+    wide = torch.empty(n * k if nvfp4 or m >= WIDE_FROM else 0, dtype=torch.uint8, device=blob.device)
     if wide.numel():
-        addresses = (*(base + parts[name].offset for name in ("codes", "scales", "row_most")), wide.data_ptr())
+        names = ("codes", "scales", "raw_most" if nvfp4 else "row_most")
+        addresses = (*(base + parts[name].offset for name in names), wide.data_ptr())
         with torch.cuda.device(blob.device):
             stream = torch.cuda.current_stream().cuda_stream
-            check(kernels().widen_fp8_sm90a(addresses, n, k, DTYPES[parts["scales"].dtype], stream))
+            check(kernels().widen_fp8_sm90a(addresses, n, k, _scale_dtype(spec), nvfp4, stream))
     return wide
 
 
@@ -107,9 +109,14 @@ def _multiply(
     addresses = (*weights, *tokens, wide.data_ptr() if wide.numel() else 0)
     with torch.cuda.device(codes.device):
         stream = torch.cuda.current_stream().cuda_stream
-        scale_dtype = DTYPES[parts["scales"].dtype]
-        check(kernels().linear_fp8_sm90a(addresses, sizes, scale_dtype, DTYPES[out_dtype], gelu, tile, stream))
+        types = _scale_dtype(spec), DTYPES[out_dtype]
+        check(kernels().linear_fp8_sm90a(addresses, sizes, *types, gelu, tile, stream))
     return y
+
+
+def _scale_dtype(spec: Spec) -> int:
+    # Of 16-bit scales; a kernel for NVFP4 does not ask.
+    return DTYPES.get(spec.sections["scales"].dtype, 0)
 
 
 def quantize_act(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> QuantizedAct:

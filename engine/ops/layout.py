@@ -158,11 +158,11 @@ class PackedAwq(_Packed):
 def pack(linear: CanonicalLinear, backend: str, dtype: torch.dtype = torch.bfloat16) -> PackedLinear:
     """Tile `linear` for `backend`; `dtype` is that of the tokens the layer will see.
 
-    What a backend has no kernel for is packed for `reference`, and the result's `backend` says so: nvfp4 weights, and
-    on sm90a codes of -8 and low-rank factors that are not bfloat16.
+    What a backend has no kernel for is packed for `reference`, and the result's `backend` says so: nvfp4 weights but on
+    sm90a, and there INT4 codes of -8 and low-rank factors that are not bfloat16.
     Raises ArgumentError for an unknown backend or dtype.
     """
-    if linear.kind == "nvfp4" or (backend == "sm90a" and not _fits_wgmma64(linear)):
+    if not _fits_wgmma64(linear) if backend == "sm90a" else linear.kind == "nvfp4":
         backend = "reference"
     spec = _spec_of("svdq", linear, backend, dtype, linear.rank)
     blob = _empty(spec, linear.codes.device)
@@ -281,28 +281,45 @@ def _panel16(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 def _wgmma64(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Sections in the order of LinearFp8 and QuantizeTarget in csrc/cuda/kernels.h; `smooth` is for the way back."""
     n, k = (-(-size // wgmma64.GRAIN) * wgmma64.GRAIN for size in (spec.n, spec.k))
+    nvfp4 = spec.dtype_of["wscales"] == torch.float8_e4m3fn
+    # For the way back, and a row's largest scale without the factors, which it has in row_most.
+    own = {
+        name: (spec.dtype_of[name], (size,))
+        for name, size in (("wtscale", 1), ("wcscales", n))
+        if name in spec.dtype_of
+    }
     return {
         "codes": (torch.uint8, (n // 64, k // 64, 128, 16)),
-        "scales": (spec.dtype_of["wscales"], (n // 64, k // 64, 64)),
+        "scales": (spec.dtype_of["wscales"], (n // 64, k // 64, *((4,) if nvfp4 else ()), 64)),
         "up": (torch.bfloat16, (n, spec.rank)),
         "down": (torch.bfloat16, (spec.k // 32, spec.rank // 8, 8, 32)),
         "inv_smooth": (torch.float32, (spec.k,)),
         "bias": (torch.float32, (n,)),
         "row_most": (torch.float32, (n,)),
         "smooth": (torch.float32, (spec.k,)),
+        **({"raw_most": (torch.float32, (n,))} if nvfp4 else {}),
+        **own,
     }
 
 
 def _fits_wgmma64(linear: CanonicalLinear) -> bool:
     low_rank = linear.lora_down is None or linear.lora_down.dtype == torch.bfloat16
-    return low_rank and wgmma64.fits(split_nibbles(linear.codes))
+    return low_rank and (linear.kind == "nvfp4" or wgmma64.fits(split_nibbles(linear.codes)))
 
 
 def _fill_wgmma64(linear: CanonicalLinear, blob: Tensor, parts: dict[str, Section]) -> None:
     smooth = torch.ones(linear.k, device=blob.device) if linear.smooth is None else linear.smooth.float()
-    parts["codes"].of(blob).copy_(wgmma64.tile_codes(split_nibbles(linear.codes)))
+    nvfp4, most = linear.kind == "nvfp4", linear.wscales.float().abs().amax(1)
+    parts["codes"].of(blob).copy_(wgmma64.tile_codes(split_nibbles(linear.codes), e2m1=nvfp4))
     parts["scales"].of(blob).copy_(wgmma64.tile_scales(linear.wscales))
-    parts["row_most"].of(blob)[: linear.n].copy_(linear.wscales.float().abs().amax(1))
+    if nvfp4:
+        parts["raw_most"].of(blob)[: linear.n].copy_(most)
+        for name in ("wtscale", "wcscales"):
+            factor = getattr(linear, name)
+            if factor is not None:
+                parts[name].of(blob)[: len(factor)].copy_(factor)
+                most = most * factor.float()
+    parts["row_most"].of(blob)[: linear.n].copy_(most)
     parts["smooth"].of(blob).copy_(smooth)
     parts["inv_smooth"].of(blob).copy_(1.0 / smooth)
     if linear.bias is not None:
@@ -316,11 +333,12 @@ def _fill_wgmma64(linear: CanonicalLinear, blob: Tensor, parts: dict[str, Sectio
 def _from_wgmma64(spec: Spec, blob: Tensor) -> CanonicalLinear:
     section = {name: part.of(blob) for name, part in spec.sections.items()}
     tensors = {
-        "codes": join_nibbles(wgmma64.untile_codes(section["codes"], spec.n, spec.k)),
+        "codes": join_nibbles(wgmma64.untile_codes(section["codes"], spec.n, spec.k, e2m1="raw_most" in section)),
         "wscales": wgmma64.untile_scales(section["scales"], spec.n, spec.k),
         "smooth": section["smooth"],
         "bias": section["bias"][: spec.n],
     }
+    tensors |= {name: section[name][:size] for name, size in (("wtscale", 1), ("wcscales", spec.n)) if name in section}
     if spec.rank:
         tensors |= {
             "lora_up": section["up"][: spec.n],

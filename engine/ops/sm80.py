@@ -8,14 +8,19 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from engine.ops.canonical import dequantize_awq
 from engine.ops.cpu import DTYPES, MODES
 from engine.ops.cuda import check, kernels
-from engine.ops.layout import Spec, parse
+from engine.ops.layout import PackedAwq, Spec, parse, unpack_awq
 from engine.ops.reference import QuantizedAct
 
 __all__ = ["awq_linear", "linear", "quantize_act", "svdq_linear"]
+
+# The weight-only kernel widens weights anew for every eight tokens.
+DENSE_FROM = 128
 
 
 @lru_cache(maxsize=4096)
@@ -79,7 +84,14 @@ def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> Tensor:
 
 
 def awq_linear(x: Tensor, blob: Tensor, spec: Spec) -> Tensor:
-    """x (..., K) -> y (..., N) in the dtype of x, weights only quantized."""
+    """x (..., K) -> y (..., N) in the dtype of x, weights only quantized.
+
+    From DENSE_FROM tokens on (a text encoder's) the weights are widened to the dtype of x for one product.
+    """
+    if x.numel() >= DENSE_FROM * spec.k:
+        weight = unpack_awq(PackedAwq(blob, spec, x.dtype))
+        bias = None if weight.bias is None else weight.bias.to(x.dtype)
+        return F.linear(x, dequantize_awq(weight).to(x.dtype), bias)
     rows = _rows(x.float())  # few tokens, each read once a panel of weights
     m, (offsets, sizes) = rows.shape[0], _layer(spec.key)
     y = torch.empty((*x.shape[:-1], spec.n), dtype=x.dtype, device=x.device)

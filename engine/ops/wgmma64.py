@@ -25,32 +25,43 @@ def fits(nibbles: Tensor) -> bool:
     return not bool((nibbles == 8).any())
 
 
-def tile_codes(nibbles: Tensor) -> Tensor:
-    """Two's complement (N, K) of 0..15 -> (N/64, K/64, 128, 16) bytes, zero codes in the padding."""
+def tile_codes(nibbles: Tensor, e2m1: bool = False) -> Tensor:
+    """Codes (N, K) of 0..15 -> (N/64, K/64, 128, 16) bytes, zero codes in the padding.
+
+    They are two's complement, or e2m1 as it is: a sign and three bits.
+    """
     n, k = nibbles.shape
-    codes = F.pad((nibbles ^ 8).to(torch.int8) - 8, (0, -k % GRAIN, 0, -n % GRAIN))
+    codes = F.pad(nibbles, (0, -k % GRAIN, 0, -n % GRAIN))
     #  block, warp, r, l / 4; block, step, h, l % 4, byte -> block, block, warp, l / 4, l % 4, h, r, byte; step last
     split = codes.view(codes.shape[0] // BLOCK, 4, 2, 8, codes.shape[1] // BLOCK, 2, 2, 4, 4)
     ordered = split.permute(0, 4, 1, 3, 7, 6, 2, 8, 5)
-    magnitude, negative = ordered.abs().to(torch.uint8), (ordered < 0).to(torch.uint8)
+    negative, magnitude = (
+        ordered >> 3,
+        ordered & 7 if e2m1 else ((ordered ^ 8).to(torch.int8) - 8).abs().to(torch.uint8),
+    )
     first = magnitude[..., 0] | (negative[..., 0] << 7)
     # Magnitudes of the second step go to bits 6..4; signs to bit 3 of the next byte, which the turn brings to bit 7.
     second = (magnitude[..., 1] << 4) | (negative[..., 1].roll(1, -1) << 3)
     return (first | second).reshape(*split.shape[:1], split.shape[4], 128, 16)
 
 
-def untile_codes(tiles: Tensor, n: int, k: int) -> Tensor:
-    """The inverse of tile_codes: two's complement (N, K) of 0..15."""
+def untile_codes(tiles: Tensor, n: int, k: int, e2m1: bool = False) -> Tensor:
+    """The inverse of tile_codes: codes (N, K) of 0..15."""
     words = tiles.reshape(tiles.shape[0], tiles.shape[1], 4, 8, 4, 2, 2, 4)
-    first = (words & 7).to(torch.int8) * (1 - 2 * (words >> 7)).to(torch.int8)
-    second = ((words >> 4) & 7).to(torch.int8) * (1 - 2 * ((words >> 3) & 1).roll(-1, -1)).to(torch.int8)
-    split = torch.stack((first, second), -1).permute(0, 2, 6, 3, 1, 8, 5, 4, 7)
-    codes = split.reshape(tiles.shape[0] * BLOCK, tiles.shape[1] * BLOCK)[:n, :k]
-    return codes.view(torch.uint8) & 15
+    magnitude = torch.stack((words & 7, (words >> 4) & 7), -1)
+    negative = torch.stack((words >> 7, ((words >> 3) & 1).roll(-1, -1)), -1)
+    signed = magnitude.to(torch.int8) * (1 - 2 * negative.to(torch.int8))
+    codes = magnitude | negative << 3 if e2m1 else signed.view(torch.uint8) & 15
+    split = codes.permute(0, 2, 6, 3, 1, 8, 5, 4, 7)
+    return split.reshape(tiles.shape[0] * BLOCK, tiles.shape[1] * BLOCK)[:n, :k]
 
 
 def tile_scales(scales: Tensor) -> Tensor:
-    """(N, K/64) -> (N/64, K/64, 64), zeros in the padding."""
+    """(N, K/64) -> (N/64, K/64, 64), and e4m3 (N, K/16) -> (N/64, K/64, 4, 64); zeros in the padding."""
+    if scales.dtype == torch.float8_e4m3fn:
+        padded = F.pad(scales.view(torch.uint8), (0, -scales.shape[1] % 8, 0, -scales.shape[0] % GRAIN))
+        split = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, BLOCK)).permute(0, 2, 3, 1)
+        return split.contiguous().view(torch.float8_e4m3fn)
     n, groups = scales.shape
     padded = F.pad(scales, (0, groups % 2, 0, -n % GRAIN))
     return padded.unflatten(0, (-1, BLOCK)).transpose(1, 2)
@@ -58,4 +69,7 @@ def tile_scales(scales: Tensor) -> Tensor:
 
 def untile_scales(tiles: Tensor, n: int, k: int) -> Tensor:
     """The inverse of tile_scales."""
+    if tiles.dtype == torch.float8_e4m3fn:
+        rows = tiles.view(torch.uint8).permute(0, 3, 1, 2).flatten(2).flatten(0, 1)[:n, : k // 16]
+        return rows.contiguous().view(torch.float8_e4m3fn)
     return tiles.transpose(1, 2).flatten(0, 1)[:n, : k // BLOCK]

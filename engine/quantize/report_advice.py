@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.graphs import forget
 from engine.models.families import family
 from engine.models.plan import LinearGroup, get_linear, replace_module
 from engine.quantize.records import LayerRecord
@@ -74,6 +75,7 @@ def put_back(transformer: nn.Module, exact: nn.Module, records: Sequence[LayerRe
     """Replace quantized layers of `transformer`, in place, by the 16-bit linears of `exact` (prepared)."""
     device = next(transformer.parameters()).device
     modules = dict(transformer.named_modules())
+    forget(transformer)  # a recorded graph reads the layers as they were
     for record in records:
         if record.name not in layers:
             continue

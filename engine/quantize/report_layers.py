@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.graphs import unrecorded
 from engine.models import loading
 from engine.models.catalogue import ModelSpec
 from engine.models.families import family
@@ -87,8 +88,9 @@ def _watch(
 
     hooks = [get_linear(model, group.names[0]).register_forward_pre_hook(hook(group)) for group in groups]
     try:
-        for seed, prompt in enumerate(prompts):
-            engine.run(Request(prompt, seed=seed, steps=steps))
+        with unrecorded(model):  # its linears were split since, and a replay calls no hooks
+            for seed, prompt in enumerate(prompts):
+                engine.run(Request(prompt, seed=seed, steps=steps))
     finally:
         for handle in hooks:
             handle.remove()

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from engine import CheckpointError, Engine, read_metadata
+from engine import CheckpointError, Engine, graphs, read_metadata
 from engine.commands.report import main
 from engine.errors import ArgumentError
 from engine.metrics import psnr
@@ -167,13 +167,16 @@ def test_a_bad_layer_is_found_and_putting_it_back_helps(checkpoint: Path, tmp_pa
     assert f"--keep-16bit &#x27;{layer}" in (tmp_path / "r" / "index.html").read_text().replace("'", "&#x27;")
 
 
-def test_fused_projections_go_back_as_one(checkpoint: Path):
+def test_fused_projections_go_back_as_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     exact = Engine.load("tiny", "bf16", device="cpu")
     close = Engine.load(dataclasses.replace(resolve("tiny"), checkpoints={"int4": str(checkpoint)}), "int4",
                         device="cpu", activation="w4a4")  # fmt: skip
     names = tuple(f"transformer_blocks.0.attn.to_{part}" for part in "qkv")
     layer = dataclasses.replace(record("transformer_blocks.0.attn.to_qkv", 0.1), names=names)
+    recorder, forgotten = graphs.record(close.pipe.transformer), []
+    monkeypatch.setattr(recorder, "forget", lambda: forgotten.append("forgotten"))
     put_back(close.pipe.transformer, exact.pipe.transformer, [layer], [layer.name])
+    assert forgotten  # a recorded step reads the layer that was there
     fused = close.pipe.transformer.transformer_blocks[0].attn.to_qkv
     rows = [exact.pipe.transformer.get_submodule(name).weight for name in names]
     assert type(fused) is torch.nn.Linear

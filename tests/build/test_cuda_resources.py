@@ -23,6 +23,8 @@ BUDGETS = {
     "sm80/awq_linear.cu": (("80", "89", "90", "120a"), 168),
     "sm80/rotate_heads.cu": (("80", "89", "90", "120a"), 84),
     "sm80/gated_add.cu": (("80", "89", "90", "120a"), 64),
+    "sm80/depthwise_glu.cu": (("80", "89", "90", "120a"), 128),
+    "sm80/linear_attention.cu": (("80", "89", "90", "120a"), 128),
     "sm90a/linear.cu": (("90a",), 168),
     "sm90a/quantize.cu": (("90a",), 80),
     "sm90a/attention.cu": (("90a",), 168),

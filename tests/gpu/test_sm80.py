@@ -102,6 +102,14 @@ def test_weight_only_is_close(case: Case, dtype: torch.dtype):
     assert torch.equal(y, ops.awq_linear(x, packed))
 
 
+def test_weight_only_for_many_tokens():
+    case = Case(512, 1024, 256, 0)
+    weight, x = awq_on_device(random_awq(case)), tokens(case, torch.bfloat16).cuda()
+    y, wanted = ops.awq_linear(x, ops.pack_awq(weight, "sm80")), reference.awq_linear(x, weight, torch.float64)
+    assert (y.double() - wanted).norm() <= 2**-7 * wanted.norm()
+    assert torch.equal(y, ops.awq_linear(x, ops.pack_awq(weight, "sm80")))
+
+
 def test_packing_on_the_device_gives_the_same_bytes():
     linear, awq = random_linear(Case(1, 200, 320, 32)), random_awq(Case(1, 200, 320, 0))
     assert torch.equal(ops.pack(on_device(linear), "sm80").blob.cpu(), ops.pack(linear, "sm80").blob)

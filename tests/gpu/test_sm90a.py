@@ -12,7 +12,7 @@ from engine import ops
 from engine.linear import SVDQuantLinear
 from engine.ops import backends, cuda, reference
 from tests.ops.cases import CASES, DTYPES, Case, allowed_error, random_linear, tokens
-from tests.ops.test_wgmma64 import without_minus_eight
+from tests.ops.test_wgmma64 import random_nvfp4, without_minus_eight
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -139,3 +139,16 @@ def test_a_lora_beside_the_norm():
     normed = torch.nn.functional.layer_norm(x.float(), (1536,), eps=1e-6) * (1 + scale.float()) + shift.float()
     got, wanted = layer.multiply(act, torch.bfloat16).float(), layer(normed.bfloat16())[0].float()
     assert (got - wanted).norm() <= 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize("sizes", [(5, 24, 128, 16), (300, 200, 320, 32), (1500, 3072, 3072, 32)])
+def test_nvfp4_is_close_to_the_reference(sizes: tuple[int, int, int, int], factors: bool):
+    m, n, k, rank = sizes
+    linear = on_device(random_nvfp4(n, k, rank, factors))
+    packed = ops.pack(linear, "sm90a")
+    x = tokens(Case(m, n, k, rank), torch.bfloat16).cuda()
+    act = ops.quantize_act(x, packed, "fp8")
+    y, exact = ops.linear(act, packed, torch.float32), reference.linear(act, linear, torch.float64)
+    assert (y - exact).norm() <= 0.04 * exact.norm()
+    assert torch.equal(y, ops.linear(act, packed, torch.float32))

@@ -10,6 +10,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from engine import ArgumentError, CheckpointError, SVDQuantFluxTransformer, SVDQuantSanaTransformer
+from engine.graphs import Recorder
 from engine.lora import (
     list_loras,
     load_lora,
@@ -109,6 +110,49 @@ def test_strength_changes_take_effect_and_go_back(model: FluxTransformer2DModel)
     set_lora_strength(model, "style", 1.0)
     assert not torch.equal(half, full)
     assert torch.equal(run(model), full)
+
+
+def addresses(model: torch.nn.Module) -> list[int]:
+    """Of everything that a step reads."""
+    own = (getattr(m, name, None) for m in model.modules() for name in ("branch_scale", "bias_delta"))
+    read = [*model.parameters(), *model.buffers(), *(value for value in own if value is not None)]
+    return [tensor.data_ptr() for tensor in read]
+
+
+def test_a_recorded_step_is_forgotten_unless_all_it_reads_stays_in_its_place(
+    model: FluxTransformer2DModel, monkeypatch: pytest.MonkeyPatch
+):
+    """A CUDA graph reads addresses: loading and unloading move layers, a strength is written where it was."""
+    recorder, forgotten = Recorder(model), []
+    monkeypatch.setitem(model.__dict__, "forward", recorder)
+    monkeypatch.setattr(recorder, "forget", lambda: forgotten.append("forgotten"))
+
+    def forgets() -> bool:
+        found = bool(forgotten)
+        forgotten.clear()
+        return found
+
+    torch.manual_seed(0)
+    load_lora(model, LORA / "diffusers.safetensors", 1.0, "style")  # 4-bit layers and their biases
+    assert forgets()
+    dense = LoraWeights(factors={"x_embedder": Factors(torch.randn(4, 16) * 0.1, torch.randn(128, 4) * 0.1)},
+                        biases={"transformer_blocks.0.attn.to_k": torch.randn(128)})  # fmt: skip
+    load_lora(model, dense, 0.5, "dense")
+    assert forgets()
+    before, place = run(model), addresses(model)
+    set_lora_strengths(model, {"style": 0.3, "dense": 0.9})
+    assert not torch.equal(run(model), before)
+    assert not forgets()
+    assert addresses(model) == place
+    norms = LoraWeights(norms={"transformer_blocks.0.attn.norm_q": torch.rand(128) + 0.5}, factors={}, biases={})
+    load_lora(model, norms, 1.0, "norms")
+    assert forgets()
+    set_lora_strength(model, "norms", 0.0)  # another parameter in its place
+    assert forgets()
+    unload_lora(model, "style")
+    assert forgets()
+    unload_lora(model)
+    assert forgets()
 
 
 def test_unloading_one_leaves_the_other(model: FluxTransformer2DModel):

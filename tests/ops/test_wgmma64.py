@@ -62,6 +62,59 @@ def test_packs_and_comes_back(case: Case):
         assert value is None or torch.equal(value, other), name
 
 
+def random_nvfp4(n: int, k: int, rank: int = 16, factors: bool = True) -> ops.CanonicalLinear:
+    """Codes of every kind, -0 too; scales of about a trained layer's spread."""
+    draw = torch.Generator().manual_seed(n + k)
+    like = random_linear(Case(1, n, k, rank))
+    return ops.CanonicalLinear(
+        codes=torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=draw),
+        wscales=(torch.rand(n, k // 16, generator=draw) * 300 + 20).to(torch.float8_e4m3fn),
+        smooth=like.smooth, lora_down=like.lora_down, lora_up=like.lora_up, bias=like.bias,
+        wtscale=torch.tensor([2e-5]) if factors else None,
+        wcscales=(torch.rand(n, generator=draw) + 0.5).bfloat16() if factors else None,
+    )  # fmt: skip
+
+
+def widened(packed: ops.PackedLinear) -> Tensor:
+    """What csrc/cuda/sm90a/widen.cuh makes of NVFP4 weights, times what the product multiplies with: (N, K)."""
+    part = {name: section.of(packed.blob) for name, section in packed.spec.sections.items()}
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    words = part["codes"].view(torch.int32).long() & 0xFFFFFFFF
+    out = torch.zeros(words.shape[0] * 64, words.shape[1] * 64)
+    for panel, step, thread in torch.cartesian_prod(*map(torch.arange, words.shape[:3])).tolist():
+        warp, lane = divmod(thread, 32)
+        for index, word in enumerate(words[panel, step, thread].tolist()):
+            row, group = 16 * warp + lane // 4 + 8 * (index % 2), index // 2
+            unit = 32 / part["raw_most"][panel * 64 + row]
+            for half, register in enumerate((word, word >> 4 | word << 28)):
+                codes = torch.tensor([register >> (8 * byte) & 0x87 for byte in range(4)])
+                by = unit * part["scales"][panel, step, half * 2 + group, row].float()
+                wide = (values[codes & 7] * by).to(torch.float8_e4m3fn).float() * (1 - 2 * (codes >> 7))
+                first = step * 64 + half * 32 + group * 16 + lane % 4 * 4
+                out[panel * 64 + row, first : first + 4] = wide * part["row_most"][panel * 64 + row] / 32
+    return out[: packed.n, : packed.k]
+
+
+def test_a_group_of_nvfp4_is_a_chunk_of_the_widening():
+    linear = random_nvfp4(66, 128)
+    got, exact = widened(ops.pack(linear, "sm90a")), ops.dequantize(linear)
+    assert ((got - exact).abs() <= exact.abs() * 2**-4 + 1e-9).all()
+    assert (got - exact).norm() <= 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(24, 128), (70, 192), (128, 64)])
+def test_nvfp4_packs_and_comes_back(n: int, k: int, factors: bool):
+    linear = random_nvfp4(n, k, factors=factors)
+    packed = ops.pack(linear, "sm90a")
+    assert (packed.backend, packed.kind) == ("sm90a", "nvfp4")
+    back = ops.unpack(packed)
+    for name, value in vars(linear).items():
+        other = getattr(back, name)
+        assert (value is None) == (other is None), name
+        assert value is None or torch.equal(value.contiguous().view(torch.uint8), other.view(torch.uint8)), name
+
+
 def test_what_has_no_form_goes_to_the_reference():
     linear = without_minus_eight(random_linear(Case(1, 16, 64, 16)))
     assert ops.pack(linear, "sm90a").backend == "sm90a"

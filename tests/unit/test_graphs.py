@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.graphs import Recorder, forget, record
+from engine.graphs import Recorder, forget, record, unrecorded
 
 
 class Doubled(nn.Module):
@@ -44,3 +45,17 @@ def test_forgetting_what_was_never_recorded():
     record(model)
     forget(model)
     assert model(torch.zeros(3))[0].tolist() == [0, 0, 0]
+
+
+def test_nothing_is_recorded_while_hooks_are_there(monkeypatch: pytest.MonkeyPatch):
+    model, forgot = Doubled(), []
+    with unrecorded(model):  # without a recorder
+        model(torch.zeros(3))
+    recorder = record(model)
+    monkeypatch.setattr(recorder, "_key", lambda *_: forgot.append("asked"))
+    monkeypatch.setattr(recorder, "forget", lambda: forgot.append("forgot"))
+    with unrecorded(model):
+        model(torch.zeros(3))
+        assert forgot == ["forgot"]
+    model(torch.zeros(3))
+    assert forgot == ["forgot", "asked"]

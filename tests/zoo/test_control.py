@@ -182,8 +182,8 @@ def test_the_driver_runs_from_start_to_sheet(flux_base, tmp_path):
     assert any("edge_f1" in row for row in rows)
     assert (tmp_path / "logs" / "curves.png").is_file()
     earlier = {path: path.read_bytes() for path in tmp_path.glob(f"*/{lora.WEIGHTS}")}
-    control.main(["--kind", "canny", "--base", str(flux_base), "--out", str(tmp_path / "on"), "--minutes", "5",
-                  "--device", "cpu", "--config", str(config), "--max-steps", "1", "--resume", str(tmp_path)])  # fmt: skip
+    argv = ["--kind", "canny", "--base", str(flux_base), "--out", str(tmp_path / "on"), "--resume", str(tmp_path)]
+    control.main([*argv, "--minutes", "5", "--device", "cpu", "--config", str(config), "--max-steps", "1"])
     assert (tmp_path / "on" / "canny" / lora.WEIGHTS).is_file()
     assert earlier == {path: path.read_bytes() for path in earlier}, "going on must not write over where it started"
 

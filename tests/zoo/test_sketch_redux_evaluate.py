@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
+from engine.lora import list_loras
 from zoo import evaluate_image, scenes
 from zoo.probe import Detection, Probe
 from zoo.probe.model import Network
-from zoo.train import outliner, redux, redux_model, side, sketch, strokes
+from zoo.train import lora, models, outliner, redux, redux_model, side, sketch, strokes
 from zoo.train.adapt import Tuned
 from zoo.train.dist import World
 
@@ -76,6 +77,9 @@ def test_sketch_evaluation_writes_its_results(flux_base, probe, tmp_path):
     config = json.loads(sketch.CONFIG.with_name("sketch_smoke.json").read_text())
     config["lora"]["targets"] = sketch.TARGETS
     tuned = Tuned(flux_base, config, 64, torch.eye(64), World(0, 1, torch.device("cpu")))
+    with torch.no_grad():
+        for layer in lora.layers(tuned.parts.transformer).values():
+            layer.lora_B.normal_(std=0.3)
     side.strengthen(tuned.parts.transformer, 1)
     sketch.save(tuned, tmp_path)
     outliner.Outliner().save(tmp_path / "outline", {})
@@ -87,12 +91,38 @@ def test_sketch_evaluation_writes_its_results(flux_base, probe, tmp_path):
     assert (tmp_path / "out" / "sketch-bf16.jpg").is_file()
 
 
+def with_lora(base, folder) -> None:
+    """A LoRA that changes much, written into the folder."""
+    transformer = models.load(base).transformer
+    lora.inject(transformer, 4, 64, torch.eye(64)[:4])
+    with torch.no_grad():
+        for layer in lora.layers(transformer).values():
+            layer.lora_B.normal_(std=0.3)
+    lora.save(transformer, folder)
+
+
+@pytest.mark.parametrize("kind", ["redux", "sketch"])
+def test_the_lora_that_is_scored_is_put_on_as_pages_do_it(kind, flux_base, probe, tmp_path):
+    folder = tmp_path / "tuned"
+    where = [kind, *small(flux_base, probe, tmp_path), f"--{dict(redux='redux', sketch='lora')[kind]}", str(folder)]
+    options = evaluate_image._parser().parse_args([*where, *(["--outline", "x"] if kind == "sketch" else [])])
+    if kind == "redux":  # that of a large model has none
+        assert evaluate_image.Bench(options, "cpu", Probe.load(probe, "cpu")).spec.lora == ""
+    with_lora(flux_base, folder)
+    engine = evaluate_image.Bench(options, "cpu", Probe.load(probe, "cpu")).engine("bf16")
+    assert [(worn.name, worn.strength) for worn in list_loras(engine)] == [(engine.spec.name, 1.0)]
+
+
 def test_redux_evaluation_writes_its_results(flux_base, probe, tmp_path):
     config = json.loads(redux.CONFIG.with_name("redux_smoke.json").read_text())
     redux_model.save(redux_model.Redux(config["vision"], 32), tmp_path / "redux")
     redux_model.link(tmp_path / "redux", flux_base)
     own = ["--redux", str(tmp_path / "redux"), "--steps", "1", "--text-length", "64"]
     evaluate_image.main(["redux", *small(flux_base, probe, tmp_path), *own])
+    painted = (tmp_path / "out" / "variations-bf16.jpg").read_bytes()
+    with_lora(flux_base, tmp_path / "redux")  # as the folder of a small Redux has it
+    evaluate_image.main(["redux", *small(flux_base, probe, tmp_path), *own])
+    assert (tmp_path / "out" / "variations-bf16.jpg").read_bytes() != painted
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert set(rows) == {"bf16", "renders"}
     assert rows["bf16"]["pictures"] == 3

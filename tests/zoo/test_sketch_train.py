@@ -12,7 +12,7 @@ from diffusers import FluxPipeline
 
 from engine.models.sketch import sketch_to_image, to_lines
 from zoo import scenes
-from zoo.train import adapt, dist, lora, models, one_step, outliner, side, sketch, strokes
+from zoo.train import adapt, dist, lora, one_step, outliner, side, sketch, strokes
 from zoo.train.log import read
 
 SMOKE = Path(sketch.CONFIG).with_name("sketch_smoke.json")
@@ -88,31 +88,6 @@ def test_peft_computes_what_training_computed(strong, flux_base, alpha):
     torch.testing.assert_close(one_pass(pipe.transformer), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plain, want, rtol=1e-4, atol=1e-5) if alpha == 0 else None
     assert alpha == 0 or (plain - want).abs().max() > 1e-2
-
-
-def test_attached_beside_the_layers_computes_the_same(strong, flux_base):
-    tuned, folder = strong
-    side.strengthen(tuned.parts.transformer, 1).fill_(0.4)
-    transformer = models.load(flux_base).transformer.eval()
-    plain = one_pass(transformer)
-    attached = side.attach(transformer, folder)
-    attached(0.4)
-    torch.testing.assert_close(one_pass(transformer), one_pass(tuned.parts.transformer), rtol=1e-4, atol=1e-5)
-    attached.detach()
-    assert torch.equal(one_pass(transformer), plain)
-
-
-def test_attached_to_fused_and_split_layers_computes_the_same(strong, flux_base):
-    from engine.models import flux
-
-    tuned, folder = strong
-    side.strengthen(tuned.parts.transformer, 1).fill_(0.4)
-    transformer = flux.prepare(models.load(flux_base).transformer.eval())
-    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-        flux._concatenate(block.attn, ("to_q", "to_k", "to_v"), "to_qkv")
-    flux.use_fused_qkv(transformer)
-    side.attach(transformer, folder)(0.4)
-    torch.testing.assert_close(one_pass(transformer), one_pass(tuned.parts.transformer), rtol=1e-4, atol=1e-5)
 
 
 def test_rows_have_strengths_of_their_own(strong):

@@ -96,7 +96,8 @@ Status widen_fp8_sm90a(const WidenFp8& p, void* stream) {
   const int splits = std::min(steps, (8 * multiprocessors() + panels - 1) / panels);
   const int each = (steps + splits - 1) / splits;
   const dim3 grid(panels, (steps + each - 1) / each);
-  widen_kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(
+  const auto kernel = p.nvfp4 ? widen_kernel<true> : widen_kernel<false>;
+  kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(
       {p.codes, p.wscales, p.row_most, p.wide, steps, each, p.scale_dtype});
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
