@@ -51,9 +51,7 @@ struct Sums {
     multiply_add(at[1], f.weight[row * 3 + 1], v);
     multiply_add(at[2], f.weight[row * 3], v);
   }
-  __device__ void next(const Filter& f) {
-    at[0] = at[1], at[1] = at[2], at[2] = f.bias;
-  }
+  __device__ void next(const Filter& f) { at[0] = at[1], at[1] = at[2], at[2] = f.bias; }
 };
 
 __global__ void __launch_bounds__(kThreads) depthwise_glu_kernel(const __grid_constant__ DepthwiseGlu p) {

@@ -5,8 +5,8 @@
 // the weights. A code times its group's share of the row's largest scale is rounded to e4m3's four significant bits:
 // 2.6 % of it on average, beside the 10 % that four bits a weight cost themselves.
 //
-// NVFP4 takes the same way: its codes are signs and three bits already, of which the choice is another, and a chunk of 16
-// inputs is just one of its groups.
+// NVFP4 takes the same way: its codes are signs and three bits already, of which the choice is another, and a chunk of
+// 16 inputs is just one of its groups.
 //
 // Out: blocks of 64 outputs by 128 inputs, [panel][step][64][128], each row's 16-byte chunks swizzled by the row.
 #pragma once
