@@ -15,7 +15,7 @@ from engine.errors import CheckpointError
 from engine.models.catalogue import ModelSpec, resolve
 from engine.quantize.layer import Recipe
 from engine.quantize.run import quantize_model
-from engine.quantize.source import Weights, transformer_folder
+from engine.quantize.source import Weights, part_folder
 
 __all__ = ["RECIPE", "cache_folder", "nvfp4"]
 
@@ -35,7 +35,7 @@ def nvfp4(spec: ModelSpec, progress: Callable[[str], None] | None = None) -> Pat
     """
     # Variants of a model are LoRAs on it and share its checkpoint.
     base, tell = resolve(spec.source), progress or (lambda _: None)
-    mark = Weights(transformer_folder(base)).fingerprint()[:16]
+    mark = Weights(part_folder(base, "transformer")).fingerprint()[:16]
     place = cache_folder() / f"{Path(base.source).name}-nvfp4-{mark}"
     if place.is_dir():
         return place
