@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -53,6 +54,14 @@ class CanonicalSource:
         if part == "wscales":
             return FP8 if details.weight == "nvfp4" else FLOAT16
         return _LINEAR.get(part, FLOATS)
+
+    def __enter__(self) -> CanonicalSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def __contains__(self, name: object) -> bool:
         return name in self.files
