@@ -201,7 +201,7 @@ def killed_and_resumed(arguments: list[str], moment: float) -> bool:
 def test_kill_9_at_ten_random_moments(model: Path, tmp_path: Path, prompts: Path):
     """Random in time: each trial is a whole run with one kill."""
     common = [str(model), "--calib", str(prompts), "--size", "256", "--steps", "2", "--rank", "16", "--rounds", "2",
-              "--device", "cpu", "--format", "nunchaku"]  # fmt: skip
+              "--device", "cpu", "--format", "nunchaku", "--no-report"]  # fmt: skip
     seconds = []
     for _ in range(2):  # the first process also waits for the imports
         start = time.monotonic()
@@ -222,7 +222,7 @@ def test_kill_9_at_ten_random_moments(model: Path, tmp_path: Path, prompts: Path
 @pytest.mark.timeout(900)
 def test_the_small_flux_killed_ten_times_in_one_run(tmp_path: Path):
     """The model that ships, with calibration: one run, ended ten times on its way, each time somewhere else."""
-    common = ["tiny", "--calib", str(CALIBRATION), "--samples", "4", "--rounds", "2", "--device", "cpu"]
+    common = ["tiny", "--calib", str(CALIBRATION), "--samples", "4", "--rounds", "2", "--device", "cpu", "--no-report"]
     start = time.monotonic()
     finish(begin([*common, "--out", str(tmp_path / "whole")]))
     seconds, draw, hits = time.monotonic() - start, random.Random(), 0
