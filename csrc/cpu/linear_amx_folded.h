@@ -1,7 +1,8 @@
 // The 4-bit linear for AMX-INT8 with many tokens and 8-bit activations: group scales are folded into 8-bit weights, so
 // that the tile unit sums over all of K and nothing is promoted on the way.
 //
-// Promoting four tiles after each 64 inputs takes the vector units three times what the products take the tile unit.
+// By count of instructions, promoting four tiles after each 64 inputs keeps the vector units busy for longer than the
+// products keep the tile unit.
 // Here a weight becomes round(code * scale / step), with step = 8 * max|scale| / 127 of its output over all groups:
 // half a step beside the half of a scale that 4 bits cost. Panels are folded once a block of tokens, as many as stay in
 // the second cache; tokens pass them 32 at a time.
@@ -127,8 +128,8 @@ void linear_folded(const Linear& p, Range rows, Range panels, uint8_t* scratch) 
       for (int64_t i = panel; i < end; ++i) fold_panel(w, i, at(i), steps_of(i));
       for (int64_t row = first; row < last; row += kPair) {
         for (int64_t i = panel; i < end; i += 2) {
-          const int64_t other =
-              min64(i + 1, end - 1);  // a missing second panel repeats the first; its sums are dropped
+          // A missing second panel repeats the first; its sums are dropped.
+          const int64_t other = min64(i + 1, end - 1);
           const Folded f{{at(i), at(other)}, {steps_of(i), steps_of(other)}};
           multiply_folded(tiles, p, pair_of(row), Range{i, min64(i + 2, end)}, tokens_of(row), f);
         }

@@ -82,8 +82,7 @@ def _from(name: str) -> Callable[[Plan, float], list[str]]:
 
 
 def _kinds(plan: Plan, minutes: float) -> list[str]:
-    known = plan.resume and (plan.resume.parent / "canny-tiny").is_dir()
-    return ["--kind", "canny", "depth", *(_earlier(plan) if known else [])]
+    return ["--kind", "canny", "depth", *(_earlier(plan) if _earlier(plan, "canny-tiny") else [])]
 
 
 def _set(*changes: str) -> tuple[str, ...]:

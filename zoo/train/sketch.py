@@ -144,7 +144,8 @@ class Step:
         self.strength.copy_(b["alpha"])
         x0 = one_step.square(self.predict(b, self.strength, b["z"]))
         self.painted.copy_(x0.detach())
-        pull = self.adversary.gradient(x0, one_step.square(b["drawing"])) if "pictures" in b else None
+        judged = "pictures" in b and self.config["critic_part"]
+        pull = self.adversary.gradient(x0, one_step.square(b["drawing"])) if judged else None
         parts = {"pixel": self.config["pixel_part"], "critic": b.get("ramp", 1.0) * self.config["critic_part"]}
         grad, terms = one_step.gradient(
             self.tuned.parts.vae, x0, one_step.square(b["wanted"]), b.get("pictures"), pull, parts, self.world
@@ -164,7 +165,8 @@ class Step:
         self.polished += 1
         b["pictures"] = self.cases.images[rows[: config["decoded"]]]
         b["ramp"] = torch.full((), min(1.0, self.polished / config["critic_warmup"]), device=g.device)
-        return {**self.polish(b), **self.judge(real, b["drawing"])}
+        terms = self.polish(b)
+        return {**terms, **self.judge(real, b["drawing"])} if config["critic_part"] else terms
 
     def judge(self, real: torch.Tensor, drawing: torch.Tensor) -> dict[str, torch.Tensor]:
         """Let the critic learn from what was just painted."""
