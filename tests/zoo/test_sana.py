@@ -16,11 +16,19 @@ from zoo.train import flow, sana_depthwise, sana_flow, sana_models, sana_text, s
 from zoo.train.dist import World
 from zoo.train.log import read
 from zoo.train.sana import main
+from zoo.train.sana_batches import Batches
 from zoo.train.sana_pool import Pool
 
 SMOKE = Path(__file__).parents[2] / "zoo" / "configs" / "sana_smoke.json"
 WORLD = World(0, 1, torch.device("cpu"))
 LENGTH = 48
+NOTHING = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+
+
+def pool(images: torch.Tensor) -> Pool:
+    """Pictures without any text."""
+    n, tokens = len(images), (images.shape[-1] // 32) ** 2
+    return Pool(images, *(torch.zeros(n, *shape) for shape in ((1, 8), (128,), (1, 2, 3), (tokens,))))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,7 @@ def test_training_reads_prompts_exactly_as_the_pipeline_does(trained: Path):
     text = "a red cube left of a blue ball"
     x, sigmas = torch.randn(1, 32, 2, 2), torch.tensor([0.5])
     for told, instruction in ((1.0, default), (0.0, None)):
-        draw = sana_flow.Batches(encode.instruction, {"instruction": told, "drop": 0.0}, WORLD, seed=0)
+        draw = Batches(pool(NOTHING), 1, encode.instruction, WORLD, seed=0, told=told, drop=0.0)
         ids = draw.prompts(torch.from_numpy(encode([text])).long())
         with torch.inference_mode():
             states, mask, _, _ = pipe.encode_prompt(text, device="cpu", complex_human_instruction=instruction)
@@ -90,7 +98,7 @@ def test_training_reads_prompts_exactly_as_the_pipeline_does(trained: Path):
 
 def test_dropped_prompts_are_the_pipelines_empty_prompt(trained: Path):
     pipe = SanaPipeline.from_pretrained(trained / "model", dtype=torch.float32)
-    draw = sana_flow.Batches(1, {"instruction": 0.5, "drop": 1.0}, WORLD, seed=0)
+    draw = Batches(pool(NOTHING), 4, 1, WORLD, seed=0, told=0.5, drop=1.0)
     ids = draw.prompts(torch.full((4, LENGTH), 9))
     joint = sana_flow.Joint(sana_models.load(trained / "model")).eval()
     with torch.inference_mode():
@@ -121,9 +129,10 @@ def test_shifted_products_are_the_depthwise_convolution():
 
 
 def test_windows_of_wide_pictures_take_their_share_of_a_batch():
-    narrow = Pool(torch.zeros(4, 3, 64, 64, dtype=torch.uint8), torch.zeros(4, 1, 8), torch.zeros(4, 128))
-    wide = Pool(torch.full((2, 3, 128, 128), 255, dtype=torch.uint8), torch.zeros(2, 1, 8), torch.zeros(2, 128))
-    none = Pool(wide.images[:0], wide.ids[:0], wide.labels[:0])
+    narrow, wide, none = (
+        pool(torch.full((count, 3, side, side), shade, dtype=torch.uint8))
+        for count, side, shade in ((4, 64, 0), (2, 128, 255), (0, 128, 0))
+    )
     generator = torch.Generator().manual_seed(0)
     x = sana_vae.batch(narrow, wide, 8, 0.25, generator)
     assert x.shape == (8, 3, 64, 64)
@@ -147,7 +156,7 @@ def test_the_folder_opens_with_the_unmodified_pipelines(trained: Path):
 
 def test_a_run_leaves_its_log_curves_and_sheets(trained: Path):
     rows = read(trained / "logs" / "log.jsonl")
-    assert {row["stage"] for row in rows} >= {"start", "render", "vae", "encode", "flow", "samples", "done"}
+    assert {row["stage"] for row in rows} >= {"start", "render", "vae", "encode", "read", "flow", "samples", "done"}
     assert [row for row in rows if row["stage"] == "flow" and "valid" in row]
     assert (trained / "logs" / "curves.png").stat().st_size > 1000
     sheets = {path.name for path in (trained / "samples").iterdir()}
@@ -168,7 +177,7 @@ def test_weights_are_bfloat16_safetensors_in_small_files(trained: Path):
 
 def test_a_folder_can_be_taken_up_again(trained: Path, tmp_path: Path):
     main(["--config", str(SMOKE), "--out", str(tmp_path), "--resume", str(trained / "model"), "--minutes-ae", "0",
-          "--minutes-flow", "0", "--workers", "1", "--minutes-render", "0.05", "--device", "cpu"])  # fmt: skip
+          "--minutes-read", "0", "--minutes-flow", "0", "--workers", "1", "--minutes-render", "0.05", "--device", "cpu"])  # fmt: skip
     for part in ("transformer", "vae", "text_encoder"):
         old, new = (next((root / "model" / part).glob("*.safetensors")).read_bytes() for root in (trained, tmp_path))
         assert old == new, part

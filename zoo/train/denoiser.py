@@ -227,7 +227,7 @@ def loop(stage: Stage, inputs: Callable[[], Tensors], work: Callable[[Tensors], 
     model, ema, clock, config, world = stage.model, stage.ema, stage.clock, stage.config, stage.world
     save_every = Every(config["save_seconds"])
     with replay.own_stream(world), compiled(modules, config["compile"]) as attempt:
-        step = replay.Replayed(work, model.grad, config["capture"] and world.cuda)
+        step = replay.ByShape(work, model.grad, config["capture"] and world.cuda)
         running = True
         while running:
             batch = inputs()

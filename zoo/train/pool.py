@@ -57,14 +57,14 @@ TOKEN_CLASSES = 1 + len(scenes.SHAPES) * len(scenes.COLORS)
 _COVERED = 0.35  # of a token's pixels, for an object to be what it shows
 
 
-def token_labels(mask: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
+def token_labels(mask: torch.Tensor, look: torch.Tensor, patch: int = PATCH) -> torch.Tensor:
     """What each latent token shows: 0 is no object, 1 + shape * 8 + colour one that covers a third of it.
 
     mask (B, S, S) int8: slot of the object at a pixel, or -1; look (B, K) int64: shape * 8 + colour of each slot.
-    Returns (B, (S / 16)^2) uint8, row by row.
+    Returns (B, (S / patch)^2) uint8, row by row.
     """
     slots = torch.stack([(mask == slot).float() for slot in range(look.shape[1])], 1)
-    area, slot = torch.nn.functional.avg_pool2d(slots, PATCH).flatten(2).max(1)  # (B, N) each
+    area, slot = torch.nn.functional.avg_pool2d(slots, patch).flatten(2).max(1)  # (B, N) each
     shown = look.to(mask.device).gather(1, slot) + 1
     return torch.where(area > _COVERED, shown, 0).to(torch.uint8)
 

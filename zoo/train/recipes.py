@@ -64,7 +64,12 @@ def _sana(plan: Plan, minutes: float) -> list[str]:
     # Two minutes go to workers, compilers and pictures; the autoencoder needs its share first.
     kept = plan.vae.parent.parent / "sana-tiny" / "vae" if plan.vae else None
     known = ["--vae", str(kept)] if kept and kept.is_dir() else []
-    stages = {"render": min(0.8, 0.1 * minutes), "ae": min(3.5, 0.3 * minutes), "flow": minutes}
+    stages = {
+        "render": min(0.8, 0.1 * minutes),
+        "ae": min(3.5, 0.3 * minutes),
+        "read": min(0.8, 0.1 * minutes),
+        "flow": minutes,
+    }
     smaller = [] if plan.smoke else ["--set", "pool.pictures=100000"]  # several parts share a GPU's memory
     if earlier := _earlier(plan, "sana-tiny"):
         known, stages = [*earlier, "--seed", "2", *_set("flow.lr=8e-4")], {**stages, "ae": 0.0}
@@ -100,7 +105,7 @@ RECIPES = {
         Recipe("base", "zoo.train.flux_tiny", "flux", False, _base, _PLAIN),
         Recipe("control", "zoo.train.control", "control", True, _kinds, _LESS),
         Recipe("fill", "zoo.train.fill", "fill", True, _from("fill-tiny"), _LESS),
-        Recipe("sana", "zoo.train.sana", "sana", False, _sana, _set("flow.batch=512")),
+        Recipe("sana", "zoo.train.sana", "sana", False, _sana, _set("flow.capture=false", "read.capture=false")),
         Recipe("redux", "zoo.train.redux", "redux", True, _from("redux-tiny"), _set("train.batch=96")),
         Recipe("sketch", "zoo.train.sketch", "sketch", True, _from("sketch-tiny"), _LESS),
         Recipe("depth", "zoo.train.depth_estimator", "depth", False, lambda plan, minutes: [], _set("train.batch=48")),

@@ -143,3 +143,26 @@ class Replayed:
             return True
         self.release(f"its gradient is {gap:.3g} off an ordinary step's; {far or 'losses agree'}")
         return False
+
+
+class ByShape:
+    """A `Replayed` for each set of shapes that the inputs come in; arguments and use are the same."""
+
+    def __init__(self, work: Callable[[Tensors], Tensors], grad: torch.Tensor, enabled: bool) -> None:
+        self.make = lambda: Replayed(work, grad, enabled)
+        self.steps: dict[tuple, Replayed] = {}
+
+    @property
+    def active(self) -> bool:
+        return bool(self.steps) and all(step.active for step in self.steps.values())
+
+    def __call__(self, inputs: Tensors) -> Tensors:
+        shapes = tuple((name, value.shape) for name, value in inputs.items())
+        if shapes not in self.steps:
+            self.steps[shapes] = self.make()
+        return self.steps[shapes](inputs)
+
+    def release(self, why: str) -> None:
+        """Go on without recordings."""
+        for step in self.steps.values():
+            step.release(why)

@@ -1,6 +1,6 @@
-"""Train the small SANA from nothing: render, autoencoder, flow matching with the text encoder.
+"""Train the small SANA from nothing: render, autoencoder, reading, flow matching with the text encoder.
 
-    python -m zoo.train.sana --out runs/sana --minutes-render 1 --minutes-ae 2.5 --minutes-flow 4 --minutes 9
+    python -m zoo.train.sana --out runs/sana --minutes-render 1 --minutes-ae 2.5 --minutes-flow 4 --minutes 9.5
 
 Each stage ends by the wall clock, and flow matching early enough for the whole run to end in `--minutes`.
 Writes OUT/model (a diffusers folder, whole from the first stage on), OUT/samples (contact sheets) and OUT/logs (JSON
@@ -25,6 +25,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="of the whole run; without it the stages alone count")
     parser.add_argument("--minutes-render", type=float, default=1.0)
     parser.add_argument("--minutes-ae", type=float, default=2.5, help="0 keeps the autoencoder of --resume or --vae")
+    parser.add_argument("--minutes-read", type=float, default=0.7, help="of the text encoder alone, before it paints")
     parser.add_argument("--minutes-flow", type=float, default=4.0, help="0 keeps the transformer and the text encoder")
     parser.add_argument("--max-steps", type=int, help="of each training stage, for trials")
     parser.add_argument("--seed", type=int, default=0)

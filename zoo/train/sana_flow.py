@@ -1,8 +1,4 @@
-"""Stage: flow matching. The SANA transformer and its Gemma encoder learn together, from scratch.
-
-Texts take the path of SanaPipeline.encode_prompt: begin token, perhaps the instruction, the prompt, padding that the
-cross-attention masks. Dropped prompts are the begin token alone, as the pipeline encodes an empty negative prompt.
-"""
+"""Stage: flow matching. The SANA transformer and its Gemma encoder learn together, from scratch."""
 
 from __future__ import annotations
 
@@ -16,18 +12,20 @@ from torch import nn
 
 from zoo.train import flow, sana_depthwise
 from zoo.train.captions import LABELS
-from zoo.train.denoiser import Every
+from zoo.train.denoiser import Shown, Stage, loop, overheard
 from zoo.train.dist import World
-from zoo.train.graph import autocast, compiled
+from zoo.train.graph import autocast
 from zoo.train.log import Log, Meter
 from zoo.train.optim import Clock, Ema, FlatModel
+from zoo.train.places import KNOWN, Places, order_told, stated_told, weighed
+from zoo.train.sana_batches import Batches
 from zoo.train.sana_models import Parts
 from zoo.train.sana_pool import Pool
-from zoo.train.sana_text import BOS, PAD
+from zoo.train.sana_text import PAD
 
 
 class Joint(nn.Module):
-    """Everything that trains in this stage: transformer, text encoder, and a head that names the objects of a picture.
+    """Everything that trains: transformer, text encoder, and a head that names the objects of a picture.
 
     The head is a training aid and is not exported: it gives the encoder a direct reason to bind colour to shape.
     """
@@ -58,33 +56,6 @@ class Joint(nn.Module):
         return (F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none") * said).mean()
 
 
-class Batches:
-    """Draws training batches of one process from a pool."""
-
-    def __init__(self, instruction: int, config: dict, world: World, seed: int) -> None:
-        self.instruction, self.config = instruction, config
-        self.generator = torch.Generator(world.device).manual_seed(seed * 1000 + world.rank)
-
-    def __call__(self, pool: Pool, size: int) -> dict[str, torch.Tensor]:
-        g, device = self.generator, self.generator.device
-        rows = torch.randint(len(pool), (size,), generator=g, device=device)
-        column = torch.randint(pool.ids.shape[1], (size,), generator=g, device=device)
-        x0 = pool.latents[rows].float()
-        return {
-            "x0": x0, "noise": torch.randn(x0.shape, generator=g, device=device), "labels": pool.labels[rows],
-            "ids": self.prompts(pool.ids[rows, column].long()),
-        }  # fmt: skip
-
-    def prompts(self, ids: torch.Tensor) -> torch.Tensor:
-        """Put the instruction before some of the prompts (B, L) and drop some of them whole."""
-        chance = torch.rand(2, len(ids), 1, generator=self.generator, device=ids.device)
-        told = torch.cat([ids[:, :1], torch.full_like(ids[:, :1], self.instruction), ids[:, 1:-1]], 1)
-        ids = torch.where(chance[0] < self.config["instruction"], told, ids)
-        empty = torch.full_like(ids, PAD)
-        empty[:, 0] = BOS
-        return torch.where(chance[1] < self.config["drop"], empty, ids)
-
-
 def train(joint: Joint, pool: Pool, wide: Pool, valid: Pool, instruction: int, config: dict, mu: float,
           world: World, log: Log, deadline: float, seed: int, save: Callable[[], None],
           max_steps: int | None = None) -> None:  # fmt: skip
@@ -94,50 +65,52 @@ def train(joint: Joint, pool: Pool, wide: Pool, valid: Pool, instruction: int, c
     the averaged weights in place.
     """
     joint.train()
+    joint.shown = Shown(joint.transformer.norm_out.norm.normalized_shape[0]).to(world.device)
+    joint.places = getattr(joint, "places", None) or Places(joint.text.config.hidden_size).to(world.device)
     model = FlatModel(joint, world, lr=config["lr"], betas=tuple(config["betas"]), weight_decay=config["weight_decay"])
     ema = Ema(model, config["ema_exponent"])
     clock = Clock(world, deadline, warmup=config["warmup"], max_steps=max_steps)
-    draw = Batches(instruction, config, world, seed)
     meter = Meter(log, "flow", config["batch"] * world.size, 3 * flops(joint, pool), world.device.type, world.size)
 
-    def work() -> dict[str, torch.Tensor]:
-        # A wide picture has four times the tokens. Its steps are too few to be worth compiling for.
-        big = len(wide) > 0 and clock.step % config["wide_every"] == config["wide_every"] - 1
-        with torch.compiler.set_stance("force_eager" if big else "default"):
-            return learn(wide, config["batch"] // 4) if big else learn(pool, config["batch"])
+    def drawer(part: Pool, size: int, stream: int) -> Batches:
+        return Batches(part, size, instruction, world, seed + stream, told=config["instruction"], drop=config["drop"])
 
-    def learn(part: Pool, size: int) -> dict[str, torch.Tensor]:
-        b = draw(part, size)
-        sigmas = flow.sample_sigmas(size, mu, draw.generator)
-        x, target = flow.interpolate(b["x0"], b["noise"], sigmas)
-        with autocast(world):
+    draw = drawer(pool, config["batch"], 0)
+    # A wide picture has four times the tokens.
+    draw_wide = drawer(wide, config["batch"] // 4, 500) if len(wide) else None
+
+    def inputs() -> dict[str, torch.Tensor]:
+        big = draw_wide and clock.step % config["wide_every"] == config["wide_every"] - 1
+        b = (draw_wide if big else draw)()
+        sigmas = flow.sample_sigmas(len(b["x0"]), mu, draw.generator, noisy=config["noisy"])
+        x, target = flow.interpolate(b.pop("x0"), b.pop("noise"), sigmas)
+        left = torch.full((), 1.0 - clock.progress, device=world.device)
+        return {**b, "x": x, "target": target, "sigmas": sigmas, "left": left}
+
+    def work(b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # Wide steps are too few to be worth compiling for.
+        eager = b["x"].shape[-1] > pool.latents.shape[-1]
+        with torch.compiler.set_stance("force_eager" if eager else "default"), autocast(world):
             states = joint.states(b["ids"])
-            loss = flow.velocity_loss(joint.velocity(x, sigmas, states, b["ids"]), target)
+            loss = flow.velocity_loss(joint.velocity(b["x"], b["sigmas"], states, b["ids"]), b["target"])
             text = joint.label_loss(states, b["ids"], b["labels"])
-        (loss + config["text_weight"] * (1.0 - clock.progress) * text).backward()
-        return {"loss": loss.detach(), "text": text.detach()}
+            shown = joint.shown.loss(heard["states"], b["tokens"])
+            told = joint.places.loss(states, b["ids"], *(b[name] for name in KNOWN))
+            aids = config["text_weight"] * text + config["tokens_weight"] * shown
+            aids = aids + 0.25 * config["places_weight"] * weighed(told)
+        (loss + b["left"] * aids).backward()
+        return {name: term.detach() for name, term in {"loss": loss, "text": text, "shown": shown, **told}.items()}
 
-    modules = [*joint.transformer.transformer_blocks, *joint.text.layers]
-    save_every, fast = Every(config["save_seconds"]), config["compile"] and world.cuda
-    with prepared(joint.transformer, config["batch"], pool, fast, log), compiled(modules, fast) as attempt:
-        running = True
-        while running:
-            model.zero_grad()
-            terms = attempt(work, model.zero_grad)
-            norm = model.step(clock.factor)
-            ema.update()
-            meter.add(**terms, norm=norm)
-            running = clock.tick()
-            meter.report(force=not running, lr=round(config["lr"] * clock.factor, 7), progress=round(clock.progress, 3))
-            if world.chief and running and save_every():
-                with ema.swapped():
-                    log("flow", valid=validate(joint, valid, mu, world))
-                    save()
-    model.flat.copy_(ema.flat)
-    model.broadcast()
+    def check() -> None:
+        log("flow", valid=validate(joint, valid, mu, world), **answers(joint, valid, world))
+
+    modules, fast = [*joint.transformer.transformer_blocks, *joint.text.layers], config["compile"] and world.cuda
+    with prepared(joint.transformer, config["batch"], pool, fast, log), overheard(joint.transformer) as heard:
+        loop(Stage("flow", model, ema, clock, meter, {**config, "compile": fast}, world, save), inputs, work, modules,
+             check)  # fmt: skip
     joint.eval()
     if world.chief:
-        log("flow", valid=validate(joint, valid, mu, world))
+        check()
 
 
 @contextlib.contextmanager
@@ -179,3 +152,14 @@ def validate(joint: Joint, valid: Pool, mu: float, world: World, limit: int = 51
     with torch.compiler.set_stance("force_eager"), autocast(world):  # not worth compiling for one batch
         v = joint.velocity(x, sigmas, joint.states(ids), ids)
     return round(float(flow.velocity_loss(v, target)), 5)
+
+
+@torch.no_grad()
+def answers(joint: Joint, valid: Pool, world: World) -> dict[str, float]:
+    """How well held-out prompts tell where things are."""
+    ids, relations = valid.ids[:, 0].long(), valid.relations[:, 0].long()
+    with torch.compiler.set_stance("force_eager"), autocast(world):
+        states = joint.states(ids)
+        shares = {"order": order_told(joint.places, states, ids, valid.tokens)}
+        shares |= stated_told(joint.places, states, ids, relations)
+    return {name: round(share, 4) for name, share in shares.items()}

@@ -73,14 +73,22 @@ def initialize(transformer: SanaTransformer2DModel) -> None:
     nn.init.zeros_(transformer.proj_out.weight)
 
 
-def load(folder: Path) -> Parts:
-    """The networks of a pipeline folder, in float32."""
+def load(folder: Path, config: dict | None = None) -> Parts:
+    """The networks of a pipeline folder, in float32.
+
+    With `config`, that of a run, the transformer gets its options, as long as the folder's weights fit them.
+    """
     classes = (SanaTransformer2DModel, AutoencoderDC, Gemma2Model)
     found = [
         cls.from_pretrained(Path(folder) / name, torch_dtype=torch.float32)
         for name, cls in zip(PARTS, classes, strict=True)
     ]
-    return Parts(*found)
+    parts = Parts(*found)
+    if config:
+        told = SanaTransformer2DModel(**config["transformer"])
+        told.load_state_dict(parts.transformer.state_dict())
+        parts.transformer = told
+    return parts
 
 
 def export(parts: Parts, flow_shift: float, tokenizer: Path, folder: Path, shard: str = "14MB") -> None:

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 
 from zoo import scenes
-from zoo.train.captions import augment, labels
+from zoo.train.captions import STATED, augment, labels, relations
 from zoo.train.dist import World
 from zoo.train.log import Log
+from zoo.train.pool import token_labels
 from zoo.train.sana_text import Encoder
 
+PATCH = 32  # pixels of a latent's side
 _AHEAD = 4  # chunks a process
 
 
@@ -48,6 +50,8 @@ class Pool:
     images: torch.Tensor | None  # (P, 3, S, S) uint8
     ids: torch.Tensor  # (P, C, L) int16, C captions a picture, without the instruction
     labels: torch.Tensor  # (P, 128) uint8, see zoo.train.captions.labels
+    relations: torch.Tensor  # (P, C, 2, 3) uint8, what each caption states, see zoo.train.captions.relations
+    tokens: torch.Tensor  # (P, (S/32)^2) uint8, what each latent shows, see zoo.train.pool.token_labels
     latents: torch.Tensor | None = None  # (P, 32, S/32, S/32) bfloat16, scaled as the pipeline scales
 
     def __len__(self) -> int:
@@ -55,28 +59,34 @@ class Pool:
 
 
 def write_chunk(job: Job, index: int) -> dict[str, np.ndarray]:
-    """Chunk `index` of a job, written in a worker process: `ids` (S, C, L), `labels` (S, 128) and `scene.<field>`.
+    """Chunk `index` of a job, written in a worker process: `ids` (S, C, L), `labels` (S, 128), `relations` (S, C, 2, 3)
+    and `scene.<field>`.
 
     Arrays, not tensors: tensors would travel through shared memory, of which a container may have little.
     """
     first = index * job.chunk
     drawn = scenes.sample(min(job.chunk, job.pictures - first), job.seed, job.split, start=job.start + first)
     encode, rng = Encoder(job.tokenizer, job.length), random.Random(f"{job.seed} {job.split} {job.start + first}")
-    rows = []
+    rows, stated = [], []
     for _ in range(job.captions):
-        said = scenes.captions(drawn, rng.getrandbits(32))
-        said = [augment(text, rng) for text in said] if job.split == "train" else said
+        described = scenes.describe(drawn, rng.getrandbits(32))
+        said = [augment(c.text, rng) if job.split == "train" else c.text for c in described]
         rows.append(torch.from_numpy(encode(said)))
+        stated.append(relations(drawn, described))
     fields = {f"scene.{f.name}": getattr(drawn, f.name) for f in dataclasses.fields(drawn)}
-    tensors = {"ids": torch.stack(rows, 1), "labels": labels(drawn), **fields}
+    told = {"ids": torch.stack(rows, 1), "labels": labels(drawn), "relations": torch.stack(stated, 1)}
+    tensors = {**told, **fields}
     return {name: value.numpy() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
-def read_chunk(job: Job, chunk: dict[str, np.ndarray]) -> tuple[scenes.Scenes, torch.Tensor, torch.Tensor]:
-    """Scenes, ids and labels of a written chunk."""
+TOLD = ("ids", "labels", "relations")  # what a chunk holds beside its scenes
+
+
+def read_chunk(job: Job, chunk: dict[str, np.ndarray]) -> tuple[scenes.Scenes, dict[str, torch.Tensor]]:
+    """Scenes of a written chunk, and its `ids`, `labels` and `relations`."""
     tensors = {name: torch.from_numpy(value) for name, value in chunk.items()}
     fields = {name.removeprefix("scene."): value for name, value in tensors.items() if name.startswith("scene.")}
-    return scenes.Scenes(seed=job.seed, split=job.split, **fields), tensors["ids"], tensors["labels"]
+    return scenes.Scenes(seed=job.seed, split=job.split, **fields), {name: tensors[name] for name in TOLD}
 
 
 def _settle() -> None:
@@ -110,7 +120,7 @@ class Chunks:
         self.waiting = [pool.submit(write_chunk, job, index) for index in range(min(self.count, ahead))]
         self.following = len(self.waiting)
 
-    def __iter__(self) -> Iterator[tuple[scenes.Scenes, torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[scenes.Scenes, dict[str, torch.Tensor]]]:
         while self.waiting:
             yield read_chunk(self.job, self.waiting.pop(0).result(timeout=300))
             if self.following < self.count:
@@ -128,17 +138,24 @@ def build(chunks: Chunks, size: int, config: dict, world: World, log: Log, secon
     """Draw a job's pictures, `size` pixels wide; `seconds` after the first chunk was drawn it stops."""
     job = chunks.job
     make = lambda *shape, kind: torch.zeros(job.pictures, *shape, dtype=kind, device=world.device)  # noqa: E731
-    pool = Pool(make(3, size, size, kind=torch.uint8), make(job.captions, job.length, kind=torch.int16),
-                make(128, kind=torch.uint8))  # fmt: skip
+    pool = Pool(
+        images=make(3, size, size, kind=torch.uint8), ids=make(job.captions, job.length, kind=torch.int16),
+        labels=make(128, kind=torch.uint8), relations=make(job.captions, STATED, 3, kind=torch.uint8),
+        tokens=make((size // PATCH) ** 2, kind=torch.uint8),
+    )  # fmt: skip
     began = said = time.time()
     filled = 0
-    for drawn, ids, found in chunks:
+    for drawn, told in chunks:
         at = filled
-        pool.ids[at : at + len(drawn)], pool.labels[at : at + len(drawn)] = ids.to(world.device), found.to(world.device)
+        for name, value in told.items():
+            getattr(pool, name)[at : at + len(drawn)] = value.to(world.device)
+        look = drawn.shape * len(scenes.COLORS) + drawn.color
         parts = scenes.stream(drawn, size, world.device, config["oversample"], config["compile"] and world.cuda)
         for part in parts:
-            pool.images[filled : filled + len(part.image)] = part.image
-            filled += len(part.image)
+            rows = slice(filled, filled + len(part.image))
+            pool.images[rows] = part.image
+            pool.tokens[rows] = token_labels(part.mask, look[rows.start - at : rows.stop - at], PATCH)
+            filled = rows.stop
         if world.cuda:
             torch.cuda.synchronize()
         if at == 0:
@@ -150,4 +167,6 @@ def build(chunks: Chunks, size: int, config: dict, world: World, log: Log, secon
             break
     chunks.close()
     log("render", size=size, split=job.split, pictures=filled, took=round(time.time() - began, 1))
-    return Pool(pool.images[:filled], pool.ids[:filled], pool.labels[:filled])
+    return Pool(
+        **{f.name: value[:filled] for f in dataclasses.fields(Pool) if (value := getattr(pool, f.name)) is not None}
+    )

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderDC
 
 from zoo import scenes
-from zoo.train import dist, sana_flow, sana_models, sana_samples, sana_vae
+from zoo.train import dist, sana_flow, sana_models, sana_read, sana_samples, sana_vae
 from zoo.train.flux_tiny import read_config
 from zoo.train.log import Log, plot, unless_it_fails
 from zoo.train.models import count, quiet
@@ -53,7 +53,7 @@ def start(args: argparse.Namespace) -> Run:
             build_tokenizer(scenes.vocabulary(), tokenizer)
     world.barrier()
     size = Encoder(tokenizer, config["length"]).vocab_size
-    parts = sana_models.load(args.resume) if args.resume else sana_models.build(config, size)
+    parts = sana_models.load(args.resume, config) if args.resume else sana_models.build(config, size)
     if args.vae:
         parts.vae = AutoencoderDC.from_pretrained(args.vae, dtype=torch.float32)
     parts.to(world.device)
@@ -122,17 +122,21 @@ def _reconstructions(run: Run, valid: Pool) -> None:
 
 
 def denoiser(run: Run, data: Pool, wide: Pool, valid: Pool) -> None:
-    """Flow matching; the folder is written now and then, and at the end."""
-    args, world = run.args, run.world
+    """Reading, then flow matching; the folder is written now and then, and at the end."""
+    args, world, config = run.args, run.world, run.config["flow"]
     joint = sana_flow.Joint(run.parts).to(world.device)
     instruction = Encoder(run.tokenizer, run.config["length"]).instruction
+    if args.minutes_read > 0:
+        deadline = time.time() + 60 * args.minutes_read
+        sana_read.train(joint, data, valid, instruction, run.config["read"], config["instruction"], world, run.log,
+                        deadline, args.seed, run.save, args.max_steps)  # fmt: skip
     deadline = time.time() + 60 * args.minutes_flow
     if args.minutes is not None:
         deadline = min(deadline, run.log.started + 60 * (args.minutes - _RESERVE))
     if args.minutes_flow > 0:
         mu = math.log(run.config["flow_shift"])
-        sana_flow.train(joint, data, wide, valid, instruction, run.config["flow"], mu, world, run.log, deadline,
-                        args.seed, run.save, args.max_steps)  # fmt: skip
+        sana_flow.train(joint, data, wide, valid, instruction, config, mu, world, run.log, deadline, args.seed,
+                        run.save, args.max_steps)  # fmt: skip
     if world.chief:
         run.save()
 
