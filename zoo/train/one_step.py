@@ -122,10 +122,13 @@ def _scaled(g: torch.Tensor, like: torch.Tensor, part: float | torch.Tensor) -> 
 
 
 def strengths(n: int, generator: torch.Generator) -> torch.Tensor:
-    """Alphas to train at, (n,): most where users keep the slider, the others over all of it."""
+    """Alphas to train at, (n,): most where users keep the slider, low ones above all, the others over all of it.
+
+    The lower, the harder: less of the drawing is left in the noise.
+    """
     u = torch.rand(n, generator=generator, device=generator.device)
     usual = torch.rand(n, generator=generator, device=generator.device) < 0.7
-    return torch.where(usual, 0.2 + 0.35 * u, 0.12 + 0.88 * u)
+    return torch.where(usual, 0.22 + 0.33 * u.square(), 0.12 + 0.88 * u)
 
 
 def square(tokens: torch.Tensor) -> torch.Tensor:

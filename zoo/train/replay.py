@@ -60,6 +60,15 @@ def record(call: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
     return graph.replay, results
 
 
+def _forget_recording(device: torch.device) -> None:
+    """Give a CUDA device a fresh random generator: after a recording that failed its own still waits for the end."""
+    if device.type != "cuda":
+        return
+    torch.cuda.init()
+    kept = torch.cuda.default_generators[device.index or 0]
+    kept.graphsafe_set_state(torch.Generator(device).manual_seed(kept.initial_seed()).graphsafe_get_state())
+
+
 @contextlib.contextmanager
 def own_stream(world: World) -> Iterator[None]:
     """All work within this context goes to one stream that can be recorded. On the CPU it does nothing."""
@@ -125,6 +134,7 @@ class Replayed:
             self.replay, self.results = self.recorder(lambda: self._plain(self.inputs))
         except Exception as error:
             self.release(f"recording failed: {type(error).__name__}: {error}")
+            _forget_recording(self.grad.device)
 
     def _agrees(self) -> bool:
         """Whether a replay gives what an ordinary step gives for the same inputs. Waits for the device."""

@@ -36,8 +36,15 @@ class Joint(nn.Module):
         self.names = nn.Linear(2 * self.text.config.hidden_size, LABELS)
 
     def states(self, ids: torch.Tensor) -> torch.Tensor:
-        """(B, L) to (B, L, hidden). Attention is causal and padding comes last, so it needs no mask."""
-        return self.text(input_ids=ids, use_cache=False)[0]
+        """(B, L) to (B, L, hidden). Attention is causal and padding comes last, so no other mask is needed.
+
+        Given outright: to find out for itself which mask it needs the encoder asks the device, and a recorded step
+        must not.
+        """
+        length = ids.shape[1]
+        causal = torch.full((1, 1, length, length), -torch.inf, device=ids.device).triu(1)
+        masks = dict.fromkeys(("full_attention", "sliding_attention"), causal)
+        return self.text(input_ids=ids, attention_mask=masks, use_cache=False)[0]
 
     def velocity(self, x: torch.Tensor, sigmas: torch.Tensor, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """x (B, C, H, W), sigmas (B,), states (B, L, hidden) of ids (B, L) -> (B, C, H, W)."""
