@@ -177,7 +177,8 @@ def test_weights_are_bfloat16_safetensors_in_small_files(trained: Path):
 
 def test_a_folder_can_be_taken_up_again(trained: Path, tmp_path: Path):
     main(["--config", str(SMOKE), "--out", str(tmp_path), "--resume", str(trained / "model"), "--minutes-ae", "0",
-          "--minutes-read", "0", "--minutes-flow", "0", "--workers", "1", "--minutes-render", "0.05", "--device", "cpu"])  # fmt: skip
+          "--minutes-read", "0", "--minutes-flow", "0", "--workers", "1", "--minutes-render", "0.05",
+          "--device", "cpu"])  # fmt: skip
     for part in ("transformer", "vae", "text_encoder"):
         old, new = (next((root / "model" / part).glob("*.safetensors")).read_bytes() for root in (trained, tmp_path))
         assert old == new, part
