@@ -66,11 +66,11 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
                 continue
             cuda.WIDE_FROM = start
             run = lambda tile=tile: cuda._multiply(  # noqa: E731
-                act, cuda._widen(*target, m), *target, torch.bfloat16, tile=tile
+                act, cuda._widen(act, *target), *target, torch.bfloat16, tile=tile
             )
             times[f"{name}{tile or ''}"] = microseconds(run)
     cuda.WIDE_FROM = WIDE_FROM
-    times["linear"] = microseconds(lambda: cuda._multiply(act, cuda._widen(*target, m), *target, torch.bfloat16))
+    times["linear"] = microseconds(lambda: cuda._multiply(act, cuda._widen(act, *target), *target, torch.bfloat16))
     times["ours"] = microseconds(lambda: ops.svdq_linear(x, packed, "fp8"))
     times["quantize"] = microseconds(lambda: cuda._quantize(x, [target]))
     bare = ops.pack(random_layer(n, k, "svdq", 0, True, "cuda", generator), "sm90a")

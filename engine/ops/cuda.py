@@ -79,18 +79,20 @@ def _only_fp8(mode: str) -> None:
         raise ArgumentError(f"mode: expected fp8 on backend sm90a, got {mode!r}")
 
 
-def _widen(blob: Tensor, spec: Spec, m: int) -> Tensor:
-    """The weights in e4m3 for a product with m tokens, or nothing where that does not pay."""
-    parts, base = spec.sections, blob.data_ptr()
+def _widen(act: QuantizedAct, blob: Tensor, spec: Spec) -> Tensor:
+    """The weights in e4m3 and the low-rank branch in their units, or nothing where that does not pay."""
+    parts, base, m = spec.sections, blob.data_ptr(), act.codes.shape[0]
     n, k = (size * 64 for size in parts["codes"].shape[:2])
     nvfp4 = "raw_most" in parts  # whose groups of 16 the product for few tokens does not know
-    wide = torch.empty(n * k if nvfp4 or m >= WIDE_FROM else 0, dtype=torch.uint8, device=blob.device)
-    if wide.numel():
-        names = ("codes", "scales", "raw_most" if nvfp4 else "row_most")
-        addresses = (*(base + parts[name].offset for name in names), wide.data_ptr())
+    size = n * k + -(-spec.rank // 64) * n * 128 + m * spec.rank * 2
+    wide = torch.empty(size if nvfp4 or m >= WIDE_FROM else 0, dtype=torch.uint8, device=blob.device)
+    if wide.numel() and m:
+        names = ("codes", "scales", "raw_most" if nvfp4 else "row_most", "up", "row_most")
+        tokens = (act.scales.data_ptr(), act.low_rank.data_ptr())
+        addresses = (*(base + parts[name].offset for name in names), *tokens, wide.data_ptr())
         with torch.cuda.device(blob.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            check(kernels().widen_fp8_sm90a(addresses, n, k, _scale_dtype(spec), nvfp4, stream))
+            stream, sizes = torch.cuda.current_stream().cuda_stream, (m, n, k, spec.rank)
+            check(kernels().widen_fp8_sm90a(addresses, sizes, _scale_dtype(spec), nvfp4, stream))
     return wide
 
 
@@ -137,7 +139,7 @@ def linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: torch.dtype, 
     """Quantized tokens -> y (M, N). The projection is multiplied in bfloat16, as the published kernels do."""
     codes, scales, low_rank = act
     act = QuantizedAct(codes.contiguous(), scales.contiguous(), low_rank.to(torch.bfloat16).contiguous())
-    return _multiply(act, _widen(blob, spec, codes.shape[0]), blob, spec, out_dtype, gelu=gelu)
+    return _multiply(act, _widen(act, blob, spec), blob, spec, out_dtype, gelu=gelu)
 
 
 def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str, gelu: bool = False) -> Tensor:
