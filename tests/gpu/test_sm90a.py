@@ -85,7 +85,7 @@ def test_the_branch_in_a_widened_product(tile: int, rank: int, dtype: torch.dtyp
         exact = exact + act.low_rank.double() @ linear.lora_up.double().T
         terms = terms + act.low_rank.double().abs() @ linear.lora_up.double().abs().T
     assert ((y - exact).abs() <= terms * 2.0**-7).all()
-    assert (y - exact).norm() <= 2.0**-9 * exact.norm()
+    assert (y - exact).norm() <= 2.0**-8 * exact.norm()
     assert torch.equal(y[5:9], linear.bias.float().expand(4, -1))
     assert torch.equal(y, cuda._multiply(act, wide, packed.blob, packed.spec, torch.float32, tile=tile))
 

@@ -17,20 +17,17 @@ struct Divide {
   int m, rank;
 };
 
-// A scale of zero belongs to codes of zero: 1 does as well there, and can be divided by.
-__device__ inline float divisor(float scale) {
+// A row whose scale is zero has codes of zero: 1 does as well there, and can be divided by.
+__device__ inline float row_divisor(const float* row_most, int n) {
+  const float scale = row_most[n] / kLargest;
   return scale == 0.0f ? 1.0f : scale;
 }
 
-__device__ inline float row_divisor(const float* row_most, int n) {
-  return divisor(row_most[n] / kLargest);
-}
-
+// A token whose scale is zero counts as zero, in this branch too.
 __device__ inline uint4 divide_eight(const uint16_t* from, float by) {
   const uint4 raw = *reinterpret_cast<const uint4*>(from);
-  const auto two = [&](uint32_t word) {
-    return pair<true>(__uint_as_float(word << 16) / by, __uint_as_float(word & 0xffff0000u) / by);
-  };
+  const auto divided = [&](uint32_t bits) { return by == 0.0f ? 0.0f : __uint_as_float(bits) / by; };
+  const auto two = [&](uint32_t word) { return pair<true>(divided(word << 16), divided(word & 0xffff0000u)); };
   return {two(raw.x), two(raw.y), two(raw.z), two(raw.w)};
 }
 
@@ -49,7 +46,7 @@ __device__ inline void divide(const Divide& p, int panel) {
   }
   const int64_t all = int64_t{p.m} * p.rank;
   for (int64_t i = (int64_t{panel} * 128 + threadIdx.x) * 8; i < all; i += int64_t{gridDim.x} * 128 * 8) {
-    const uint4 value = divide_eight(p.low_rank + i, divisor(p.act_scale[i / p.rank]));
+    const uint4 value = divide_eight(p.low_rank + i, p.act_scale[i / p.rank]);
     *reinterpret_cast<uint4*>(p.low_rank_out + i) = value;
   }
 }

@@ -82,14 +82,23 @@ struct Rows {
         bias_high(p.bias[n + 8]) {}
 };
 
-// Scales of the tokens in this thread's columns.
+// Scales of the tokens in this thread's columns. A whole tile's lie at constant distances: loads and nothing else.
 template <int kTokens>
 __device__ void load_token_scales(const Args& p, int token, float (&scale)[kTokens / 4]) {
+  const int first = token + threadIdx.x % 4 * 2;
+  const float* from = p.act_scale + first;
+  if (token + kTokens <= p.m && reinterpret_cast<uintptr_t>(p.act_scale) % 8 == 0) {
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      const float2 two = *reinterpret_cast<const float2*>(from + j * 8);
+      scale[2 * j] = two.x, scale[2 * j + 1] = two.y;
+    }
+    return;
+  }
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j) {
-    const int m = token + j * 8 + threadIdx.x % 4 * 2;
-    scale[2 * j] = m < p.m ? divisor(p.act_scale[m]) : 0.0f;
-    scale[2 * j + 1] = m + 1 < p.m ? divisor(p.act_scale[m + 1]) : 0.0f;
+    scale[2 * j] = first + j * 8 < p.m ? from[j * 8] : 0.0f;
+    scale[2 * j + 1] = first + j * 8 + 1 < p.m ? from[j * 8 + 1] : 0.0f;
   }
 }
 
