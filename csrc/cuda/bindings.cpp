@@ -81,8 +81,9 @@ using Target = std::pair<std::array<uintptr_t, 5>, int64_t>;
 using Norm = std::optional<std::array<int64_t, 4>>;
 
 Status quantize_fp8(uintptr_t x, int64_t m, int64_t k, int64_t x_stride, const std::vector<Target>& targets,
-                    const Norm& norm, float eps, uintptr_t stream) {
+                    const Norm& norm, float eps, uintptr_t stream, int form) {
   QuantizeFp8 p{};
+  p.form = QuantizeForm(form);
   p.x = at<const void>(x), p.m = m, p.k = k, p.x_stride = x_stride;
   p.samples = 1, p.tokens_per_sample = m;
   if (norm) {

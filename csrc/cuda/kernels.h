@@ -68,6 +68,9 @@ struct QuantizeTarget {
   int64_t rank;
 };
 
+// Which kernel: every CTA a few tokens, or CTAs that stay with their part of `down` (for many tokens, where they can).
+enum QuantizeForm { kChosen, kStreaming, kResident };
+
 // Tokens x (M,K) bf16, rows x_stride elements apart and on 16-byte borders, for one or two linears. Where `scale` is
 // given: x = LayerNorm(x) * (1 + scale) + shift first; scale, shift: (samples,K) bf16, rows mod_stride elements apart,
 // one row for each tokens_per_sample tokens.
@@ -80,6 +83,7 @@ struct QuantizeFp8 {
   int64_t tokens_per_sample, mod_stride;
   int targets;
   QuantizeTarget target[2];
+  QuantizeForm form;
 };
 
 // out = x + gate * (y [+ y2]), all (M,K) bf16 and dense but gate: a row for each tokens_per_sample tokens, gate_stride

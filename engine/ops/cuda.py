@@ -45,9 +45,13 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _quantize(
-    x: Tensor, targets: Sequence[tuple[Tensor, Spec]], norm: tuple[Tensor, Tensor, float] | None = None
-) -> list[QuantizedAct]:
-    """Codes (M, K) e4m3, scales (M) fp32 and low_rank (M, R) bfloat16 for each of one or two packed layers."""
+    x: Tensor, targets: Sequence[tuple[Tensor, Spec]], norm: tuple[Tensor, Tensor, float] | None = None,
+    *, form: int = 0,
+) -> list[QuantizedAct]:  # fmt: skip
+    """Codes (M, K) e4m3, scales (M) fp32 and low_rank (M, R) bfloat16 for each of one or two packed layers.
+
+    `form` is a QuantizeForm of csrc/cuda/kernels.h; 0 chooses.
+    """
     rows, where = _rows(x), x.device
     m, k = rows.shape
     made, addresses = [], []
@@ -70,7 +74,8 @@ def _quantize(
         modulation, eps = (scale.data_ptr(), shift.data_ptr(), scale.stride(0), scale.shape[0]), norm[2]
     with torch.cuda.device(where):
         stream = torch.cuda.current_stream().cuda_stream
-        check(kernels().quantize_fp8_sm90a(rows.data_ptr(), m, k, rows.stride(0), addresses, modulation, eps, stream))
+        where_from = rows.data_ptr(), m, k, rows.stride(0)
+        check(kernels().quantize_fp8_sm90a(*where_from, addresses, modulation, eps, stream, form))
     return made
 
 

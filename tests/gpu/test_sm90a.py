@@ -102,6 +102,29 @@ def test_rows_of_zeros_keep_their_branch():
     assert (y - exact).norm() <= 0.04 * exact.norm()
 
 
+RESIDENT = (Case(1027, 128, 12288, 32), Case(2300, 128, 3072, 32), Case(4608, 128, 3072, 16), Case(100, 128, 320, 32),
+            Case(4608, 128, 12288, 32), Case(3, 128, 6144, 16), Case(600, 128, 12288, 0))  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RESIDENT, ids=str)
+def test_both_forms_of_quantization_agree(case: Case):
+    """CTAs that stay give the codes and scales of those that do not, and projections that differ in the sums' order."""
+    linear, x = on_device(without_minus_eight(random_linear(case))), tokens(case, torch.bfloat16).cuda()
+    x[1] = 0
+    packed = ops.pack(linear, "sm90a")
+    target = [(packed.blob, packed.spec)]
+    (plain,), (stays,), (again,) = (cuda._quantize(x, target, form=form) for form in (1, 2, 2))
+    wanted = reference.quantize_act(x, linear.smooth, linear.lora_down, "fp8", torch.float64)
+    for one, two in ((plain, stays), (stays, again)):
+        assert torch.equal(one.codes.view(torch.uint8), two.codes.view(torch.uint8))
+        assert torch.equal(one.scales, two.scales)
+    assert torch.equal(stays.low_rank, again.low_rank)
+    assert (stays.low_rank - wanted.low_rank).norm() <= 2.0**-8 * wanted.low_rank.norm()
+    # A token's bits do not depend on the tokens beside it.
+    some = cuda._quantize(x[: case.m // 2 + 1], target, form=2)[0]
+    assert torch.equal(some.low_rank, stays.low_rank[: case.m // 2 + 1])
+
+
 def test_the_same_bits_again():
     linear = on_device(without_minus_eight(random_linear(Case(300, 400, 1536, 32))))
     packed, x = ops.pack(linear, "sm90a"), tokens(Case(300, 400, 1536, 32), torch.bfloat16).cuda()
