@@ -95,7 +95,7 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
     }
     for tile in tiles:
         for name, start in (("narrow", 1 << 30), ("wide", 0)):
-            if tile in (0, 128, *((64, 176) if name == "narrow" else (192, 256))):
+            if tile in (0, 128, *((64, 176) if name == "narrow" else (192, 224, 256))):
                 calls[f"{name}{tile or ''}"] = partial(multiply, act, target, tile, start)
     times = {"m": m, "n": n, "k": k} | microseconds(calls)
     flops = 2e-6 * m * n * k

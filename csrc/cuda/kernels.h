@@ -35,7 +35,7 @@ struct LinearFp8 {
   int64_t m, n, k, n_valid, k_valid, rank;
   DType scale_dtype, y_dtype;
   bool gelu;            // y = gelu(y), tanh form
-  int tile;             // tokens of a tile: 64, 128 or 176 (128, 192 or 256 where `wide` is given); 0 chooses
+  int tile;             // tokens of a tile: 64, 128 or 176 (128, 192, 224 or 256 where `wide` is given); 0 chooses
   const uint8_t* wide;  // what widen_fp8_sm90a wrote, on a 128-byte border, or null: pays for many tokens
 };
 

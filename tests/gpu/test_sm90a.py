@@ -68,7 +68,7 @@ BRANCHES = (0, 16, 32, 48, 80, 160)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rank", BRANCHES)
-@pytest.mark.parametrize("tile", [128, 192, 256])
+@pytest.mark.parametrize("tile", [128, 192, 224, 256])
 def test_the_branch_in_a_widened_product(tile: int, rank: int, dtype: torch.dtype):
     """The branch alone, beside weights of zero, to 16-bit rounding; tokens of zeros have their bias alone."""
     case = Case(1027, 200, 384, rank)

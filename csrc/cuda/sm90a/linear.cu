@@ -136,9 +136,10 @@ Status linear_fp8_sm90a(const LinearFp8& p, void* stream) {
     return best;
   };
   if (p.wide) {
-    const int tokens = chosen({128, 192, 256});
+    const int tokens = chosen({128, 192, 224, 256});
     return tokens == 128   ? wide<128>(p, clusters, at)
            : tokens == 192 ? wide<192>(p, clusters, at)
+           : tokens == 224 ? wide<224>(p, clusters, at)
                            : wide<256>(p, clusters, at);
   }
   const int tokens = chosen({64, 128, 176});

@@ -14,9 +14,9 @@ namespace nibble::sm90a {
 
 template <int kTokens>
 struct WideShape {
-  static constexpr int kStages = kTokens == 256 ? 4 : kTokens == 192 ? 5 : 6;
+  static constexpr int kStages = kTokens > 192 ? 4 : kTokens == 192 ? 5 : 6;
   static constexpr int kTokenBytes = kTokens * 128;
-  static constexpr int kOut = kTokens == 192 ? 96 : 128;  // tokens that are written at once
+  static constexpr int kOut = kTokens % 128 ? kTokens / 2 : 128;  // tokens that are written at once
   static constexpr int kOutBytes = kOut * kRows * 2;
   static constexpr int kShared = kStages * (kTokenBytes + 2 * kWideBytes) + 2 * kOutBytes + 2 * kStages * 8 + 1024;
 };
