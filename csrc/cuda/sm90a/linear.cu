@@ -78,9 +78,19 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
                   p.gelu};
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int grid = 2 * (args.tiles < clusters ? args.tiles : clusters);
-  kernel<<<grid, kThreads, shared, stream>>>(act, low_rank, out, args);
-  error = cudaGetLastError();
+  // The product's CTAs come while the last blocks of the widening run: it is the kernel before.
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(2 * (args.tiles < clusters ? args.tiles : clusters)));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = p.wide ? 1 : 0;
+  error = cudaLaunchKernelEx(&config, kernel, act, low_rank, out, args);
+  if (error == cudaSuccess) error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

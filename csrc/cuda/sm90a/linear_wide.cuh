@@ -216,8 +216,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     }
     fence_barrier_init();
     prefetch_map(&act);
+    if (p.rank) prefetch_map(&low_rank);
   }
   cluster_sync();
+  wait_for_last();
   // The same in all lanes, and the compiler must know: a warpgroup's products may not lie in a divergent branch.
   const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
   if (role == 0) {

@@ -79,6 +79,7 @@ __device__ inline uint4 gather_four(const uint32_t (&word)[4], int q) {
 template <bool kNvfp4>
 __global__ void __launch_bounds__(128) widen_kernel(const Widen p) {
   const int thread = threadIdx.x, lane = thread % 32, panel = blockIdx.x, low = thread / 32 * 16 + lane / 4;
+  launch_next();
   if (blockIdx.y * p.steps_each >= p.steps) {
     divide(p.divide, panel);
     return;
