@@ -3,9 +3,10 @@
 //
 // The sums stay in the matrix units' accumulators over all of K and the low-rank branch, whose operands were divided by
 // the product's scales (divide.cuh). It comes last, since a product of 8-bit numbers keeps 13 bits below the largest
-// term, one of 16-bit numbers all of float32's. The two multiplying warpgroups need no turns:
-// while one writes its outputs, the other has the matrix units to itself, as far ahead as the ring of stages lets it
-// run.
+// term, one of 16-bit numbers all of float32's.
+//
+// The two multiplying warpgroups need no turns: while one writes its outputs, the other has the matrix units to itself,
+// as far ahead as the ring of stages lets it run.
 #pragma once
 #include "wgmma_wide.cuh"
 #include "widen.cuh"
