@@ -3,7 +3,8 @@
     python bench/hopper_linear.py --json bench/results/linear-h200.json
 
 Ours is timed with the quantization of its tokens and without (`linear`: widening, low-rank branch and bias included),
-and without a low-rank branch; `low_rank_share` is what the branch adds to quantization and linear together. Rivals:
+and without a low-rank branch; `low_rank_share` is what the branch adds to quantization and linear together. Everything
+has its turn in each round. `streaming` and `resident` are quantize_act's two forms, where the shape has both. Rivals:
 torch's BF16 linear, and torch's FP8 product with row scales (`_scaled_mm`, fast accumulation), whose weights take twice
 the memory. Needs compute capability 9.0.
 """
@@ -14,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +28,8 @@ SHAPES = ((4608, 12288, 3072), (4608, 3072, 12288), (4608, 9216, 3072), (4608, 3
           (512, 9216, 3072), (2048, 11200, 2240), (2048, 2240, 2240))  # fmt: skip
 
 
-def microseconds(call: Callable[[], object], repeats: int = 15, inner: int = 8) -> float:
-    """Median over `repeats` replays of a graph of `inner` calls, a call."""
+def recorded(call: Callable[[], object], inner: int) -> torch.cuda.CUDAGraph:
+    """A graph of `inner` calls."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -37,15 +39,22 @@ def microseconds(call: Callable[[], object], repeats: int = 15, inner: int = 8) 
     with torch.cuda.graph(graph):
         for _ in range(inner):
             call()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / inner)
-    return sorted(times)[repeats // 2]
+    return graph
+
+
+def microseconds(calls: dict[str, Callable[[], object]], rounds: int = 15, inner: int = 8) -> dict[str, float]:
+    """Medians over `rounds`, in each of which every call has its turn: what moves the card's clock moves all alike."""
+    graphs = {name: recorded(call, inner) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(begin.elapsed_time(end) * 1e3 / inner)
+    return {name: sorted(found)[rounds // 2] for name, found in times.items()}
 
 
 def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
@@ -55,33 +64,40 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
     from engine.ops import cuda
 
     generator = torch.Generator("cuda").manual_seed(0)
-    packed = ops.pack(random_layer(n, k, "svdq", rank, True, "cuda", generator), "sm90a")
+    packed, bare = (ops.pack(random_layer(n, k, "svdq", some, True, "cuda", generator), "sm90a") for some in (rank, 0))
     x = torch.randn(m, k, generator=generator, device="cuda").bfloat16()
-    target = (packed.blob, packed.spec)
-    act = cuda._quantize(x, [target])[0]
-    times: dict = {"m": m, "n": n, "k": k}
-    for tile in tiles:
-        for name, start in (("narrow", 1 << 30), ("wide", 0)):
-            if tile not in (0, 128, *((64, 176) if name == "narrow" else (192, 256))):
-                continue
-            cuda.WIDE_FROM = start
-            run = lambda tile=tile: cuda._multiply(  # noqa: E731
-                act, cuda._widen(*target, m), *target, torch.bfloat16, tile=tile
-            )
-            times[f"{name}{tile or ''}"] = microseconds(run)
-    cuda.WIDE_FROM = WIDE_FROM
-    times["linear"] = microseconds(lambda: cuda._multiply(act, cuda._widen(*target, m), *target, torch.bfloat16))
-    times["ours"] = microseconds(lambda: ops.svdq_linear(x, packed, "fp8"))
-    times["quantize"] = microseconds(lambda: cuda._quantize(x, [target]))
-    bare = ops.pack(random_layer(n, k, "svdq", 0, True, "cuda", generator), "sm90a")
-    times["ours_rank_0"] = microseconds(lambda: ops.svdq_linear(x, bare, "fp8"))
-    times["quantize_rank_0"] = microseconds(lambda: cuda._quantize(x, [(bare.blob, bare.spec)]))
+    target, plain = (packed.blob, packed.spec), (bare.blob, bare.spec)
+    act, act_0 = (cuda._quantize(x, [it])[0] for it in (target, plain))
+
+    def multiply(act: ops.QuantizedAct, it: tuple, tile: int = 0, wide_from: int = WIDE_FROM) -> torch.Tensor:
+        cuda.WIDE_FROM = wide_from
+        y = cuda._multiply(act, cuda._widen(act, *it), *it, torch.bfloat16, tile=tile)
+        cuda.WIDE_FROM = WIDE_FROM
+        return y
+
     weight, bias = torch.randn(n, k, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
-    times["bf16"] = microseconds(lambda: torch.nn.functional.linear(x, weight, bias))
     a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
     ones = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
-    fp8 = lambda: torch._scaled_mm(a, b.T, *ones, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
-    times["fp8"] = microseconds(fp8)
+    calls: dict[str, Callable[[], object]] = {
+        "linear": lambda: multiply(act, target),
+        "linear_rank_0": lambda: multiply(act_0, plain),
+        "ours": lambda: ops.svdq_linear(x, packed, "fp8"),
+        "ours_rank_0": lambda: ops.svdq_linear(x, bare, "fp8"),
+        "quantize": lambda: cuda._quantize(x, [target]),
+        "quantize_rank_0": lambda: cuda._quantize(x, [plain]),
+        "quantize_streaming": lambda: cuda._quantize(x, [target], form=1),
+        "quantize_resident": lambda: cuda._quantize(x, [target], form=2),
+        "quantize_streaming_rank_0": lambda: cuda._quantize(x, [plain], form=1),
+        "quantize_resident_rank_0": lambda: cuda._quantize(x, [plain], form=2),
+        **({"widen": lambda: cuda._widen(act, *target)} if m >= WIDE_FROM else {}),
+        "bf16": lambda: torch.nn.functional.linear(x, weight, bias),
+        "fp8": lambda: torch._scaled_mm(a, b.T, *ones, out_dtype=torch.bfloat16, use_fast_accum=True),
+    }
+    for tile in tiles:
+        for name, start in (("narrow", 1 << 30), ("wide", 0)):
+            if tile in (0, 128, *((64, 176) if name == "narrow" else (192, 224, 256))):
+                calls[f"{name}{tile or ''}"] = partial(multiply, act, target, tile, start)
+    times = {"m": m, "n": n, "k": k} | microseconds(calls)
     flops = 2e-6 * m * n * k
     told = {key: value if key in "mnk" else {"us": round(value, 1), "tflops": round(flops / value, 1)}
             for key, value in times.items()}  # fmt: skip

@@ -60,11 +60,13 @@ Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 
 }
 
 // Addresses and sizes in the order of the struct's members.
-Status widen_fp8(const std::array<uintptr_t, 4>& a, int64_t n, int64_t k, int scale_dtype, bool nvfp4,
+Status widen_fp8(const std::array<uintptr_t, 8>& a, const std::array<int64_t, 4>& sizes, int scale_dtype, bool nvfp4,
                  uintptr_t stream) {
-  return widen_fp8_sm90a({at<const uint8_t>(a[0]), at<const void>(a[1]), at<const float>(a[2]), at<uint8_t>(a[3]), n, k,
-                          DType(scale_dtype), nvfp4},
-                         at<void>(stream));
+  return widen_fp8_sm90a(
+      {at<const uint8_t>(a[0]), at<const void>(a[1]), at<const float>(a[2]), at<const uint16_t>(a[3]),
+       at<const float>(a[4]), at<const float>(a[5]), at<const uint16_t>(a[6]), at<uint8_t>(a[7]), sizes[0], sizes[1],
+       sizes[2], sizes[3], DType(scale_dtype), nvfp4},
+      at<void>(stream));
 }
 
 Status gated_add(const std::array<uintptr_t, 5>& a, const std::array<int64_t, 4>& sizes, uintptr_t stream) {
@@ -79,8 +81,9 @@ using Target = std::pair<std::array<uintptr_t, 5>, int64_t>;
 using Norm = std::optional<std::array<int64_t, 4>>;
 
 Status quantize_fp8(uintptr_t x, int64_t m, int64_t k, int64_t x_stride, const std::vector<Target>& targets,
-                    const Norm& norm, float eps, uintptr_t stream) {
+                    const Norm& norm, float eps, uintptr_t stream, int form) {
   QuantizeFp8 p{};
+  p.form = QuantizeForm(form);
   p.x = at<const void>(x), p.m = m, p.k = k, p.x_stride = x_stride;
   p.samples = 1, p.tokens_per_sample = m;
   if (norm) {

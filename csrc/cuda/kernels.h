@@ -34,20 +34,25 @@ struct LinearFp8 {
   void* y;
   int64_t m, n, k, n_valid, k_valid, rank;
   DType scale_dtype, y_dtype;
-  bool gelu;  // y = gelu(y), tanh form
-  int tile;   // tokens of a tile: 64, 128 or 176 (128, 192 or 256 where `wide` is given); 0 chooses
-  const uint8_t*
-      wide;  // the weights as widen_fp8_sm90a wrote them, on a 128-byte border, or null: pays for many tokens
+  bool gelu;            // y = gelu(y), tanh form
+  int tile;             // tokens of a tile: 64, 128 or 176 (128, 192, 224 or 256 where `wide` is given); 0 chooses
+  const uint8_t* wide;  // what widen_fp8_sm90a wrote, on a 128-byte border, or null: pays for many tokens
 };
 
-// wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; other members as there. NVFP4: codes are
-// e2m1 in the same places, wscales [N/64][K/64][4][64] e4m3; row_most (here without tensor and row factors) too.
+// wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; behind them the low-rank branch divided
+// by the product's scales, n * 128 bytes for each 64 ranks (rounded up) and m * rank * 2 (divide.cuh). Other members as
+// there, row_scale is its row_most. NVFP4: codes are e2m1 in the same places, wscales [N/64][K/64][4][64] e4m3;
+// row_most is without tensor and row factors.
 struct WidenFp8 {
   const uint8_t* codes;
   const void* wscales;
   const float* row_most;
+  const uint16_t* up;
+  const float* row_scale;
+  const float* act_scale;
+  const uint16_t* low_rank;
   uint8_t* wide;
-  int64_t n, k;
+  int64_t m, n, k, rank;
   DType scale_dtype;
   bool nvfp4;
 };
@@ -63,6 +68,9 @@ struct QuantizeTarget {
   int64_t rank;
 };
 
+// Which kernel: every CTA a few tokens, or CTAs that stay with their part of `down` (for many tokens, where they can).
+enum QuantizeForm { kChosen, kStreaming, kResident };
+
 // Tokens x (M,K) bf16, rows x_stride elements apart and on 16-byte borders, for one or two linears. Where `scale` is
 // given: x = LayerNorm(x) * (1 + scale) + shift first; scale, shift: (samples,K) bf16, rows mod_stride elements apart,
 // one row for each tokens_per_sample tokens.
@@ -75,6 +83,7 @@ struct QuantizeFp8 {
   int64_t tokens_per_sample, mod_stride;
   int targets;
   QuantizeTarget target[2];
+  QuantizeForm form;
 };
 
 // out = x + gate * (y [+ y2]), all (M,K) bf16 and dense but gate: a row for each tokens_per_sample tokens, gate_stride

@@ -45,9 +45,13 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _quantize(
-    x: Tensor, targets: Sequence[tuple[Tensor, Spec]], norm: tuple[Tensor, Tensor, float] | None = None
-) -> list[QuantizedAct]:
-    """Codes (M, K) e4m3, scales (M) fp32 and low_rank (M, R) bfloat16 for each of one or two packed layers."""
+    x: Tensor, targets: Sequence[tuple[Tensor, Spec]], norm: tuple[Tensor, Tensor, float] | None = None,
+    *, form: int = 0,
+) -> list[QuantizedAct]:  # fmt: skip
+    """Codes (M, K) e4m3, scales (M) fp32 and low_rank (M, R) bfloat16 for each of one or two packed layers.
+
+    `form` is a QuantizeForm of csrc/cuda/kernels.h; 0 chooses.
+    """
     rows, where = _rows(x), x.device
     m, k = rows.shape
     made, addresses = [], []
@@ -70,7 +74,8 @@ def _quantize(
         modulation, eps = (scale.data_ptr(), shift.data_ptr(), scale.stride(0), scale.shape[0]), norm[2]
     with torch.cuda.device(where):
         stream = torch.cuda.current_stream().cuda_stream
-        check(kernels().quantize_fp8_sm90a(rows.data_ptr(), m, k, rows.stride(0), addresses, modulation, eps, stream))
+        where_from = rows.data_ptr(), m, k, rows.stride(0)
+        check(kernels().quantize_fp8_sm90a(*where_from, addresses, modulation, eps, stream, form))
     return made
 
 
@@ -79,18 +84,20 @@ def _only_fp8(mode: str) -> None:
         raise ArgumentError(f"mode: expected fp8 on backend sm90a, got {mode!r}")
 
 
-def _widen(blob: Tensor, spec: Spec, m: int) -> Tensor:
-    """The weights in e4m3 for a product with m tokens, or nothing where that does not pay."""
-    parts, base = spec.sections, blob.data_ptr()
+def _widen(act: QuantizedAct, blob: Tensor, spec: Spec) -> Tensor:
+    """The weights in e4m3 and the low-rank branch in their units, or nothing where that does not pay."""
+    parts, base, m = spec.sections, blob.data_ptr(), act.codes.shape[0]
     n, k = (size * 64 for size in parts["codes"].shape[:2])
     nvfp4 = "raw_most" in parts  # whose groups of 16 the product for few tokens does not know
-    wide = torch.empty(n * k if nvfp4 or m >= WIDE_FROM else 0, dtype=torch.uint8, device=blob.device)
-    if wide.numel():
-        names = ("codes", "scales", "raw_most" if nvfp4 else "row_most")
-        addresses = (*(base + parts[name].offset for name in names), wide.data_ptr())
+    size = n * k + -(-spec.rank // 64) * n * 128 + m * spec.rank * 2
+    wide = torch.empty(size if nvfp4 or m >= WIDE_FROM else 0, dtype=torch.uint8, device=blob.device)
+    if wide.numel() and m:
+        names = ("codes", "scales", "raw_most" if nvfp4 else "row_most", "up", "row_most")
+        tokens = (act.scales.data_ptr(), act.low_rank.data_ptr())
+        addresses = (*(base + parts[name].offset for name in names), *tokens, wide.data_ptr())
         with torch.cuda.device(blob.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            check(kernels().widen_fp8_sm90a(addresses, n, k, _scale_dtype(spec), nvfp4, stream))
+            stream, sizes = torch.cuda.current_stream().cuda_stream, (m, n, k, spec.rank)
+            check(kernels().widen_fp8_sm90a(addresses, sizes, _scale_dtype(spec), nvfp4, stream))
     return wide
 
 
@@ -137,7 +144,7 @@ def linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: torch.dtype, 
     """Quantized tokens -> y (M, N). The projection is multiplied in bfloat16, as the published kernels do."""
     codes, scales, low_rank = act
     act = QuantizedAct(codes.contiguous(), scales.contiguous(), low_rank.to(torch.bfloat16).contiguous())
-    return _multiply(act, _widen(blob, spec, codes.shape[0]), blob, spec, out_dtype, gelu=gelu)
+    return _multiply(act, _widen(act, blob, spec), blob, spec, out_dtype, gelu=gelu)
 
 
 def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str, gelu: bool = False) -> Tensor:

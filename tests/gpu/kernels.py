@@ -27,7 +27,8 @@ def linears() -> None:
         weight = without_minus_eight(random_linear(case))
         packed = ops.pack(ops.CanonicalLinear(**on_device(weight)), "sm90a")
         act = cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(packed.blob, packed.spec)])[0]
-        wide = cuda._widen(packed.blob, packed.spec, case.m)
+        cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(packed.blob, packed.spec)], form=2)
+        wide = cuda._widen(act, packed.blob, packed.spec)
         cuda._multiply(act, wide, packed.blob, packed.spec, torch.bfloat16, gelu=True)
 
 

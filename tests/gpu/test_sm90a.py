@@ -20,7 +20,8 @@ pytestmark = [
     pytest.mark.skipif(not HOPPER, reason="needs a device of compute capability 9.0"),
     pytest.mark.skipif(backends.cuda_kernels() is None, reason="the CUDA module was not built (no nvcc)"),
 ]
-LARGE = (Case(512, 3072, 3072, 32), Case(4608, 3072, 12288, 32), Case(200, 2240, 2240, 64), Case(1000, 1001, 640, 16))
+LARGE = (Case(512, 3072, 3072, 32), Case(4608, 3072, 12288, 32), Case(200, 2240, 2240, 64), Case(1000, 1001, 640, 16),
+         Case(1031, 1000, 3072, 48), Case(1100, 384, 1536, 160), Case(1024, 256, 640, 0))  # fmt: skip
 
 
 def on_device(linear: ops.CanonicalLinear) -> ops.CanonicalLinear:
@@ -59,6 +60,69 @@ def magnitudes(act: reference.QuantizedAct, linear: ops.CanonicalLinear) -> Tens
     if linear.lora_up is not None:
         terms = terms + act.low_rank.double().abs() @ linear.lora_up.double().abs().T
     return terms
+
+
+# Either side of a stage's 64 ranks, a LoRA's beside the branch's own, and tokens that fill no tile.
+BRANCHES = (0, 16, 32, 48, 80, 160)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", BRANCHES)
+@pytest.mark.parametrize("tile", [128, 192, 224, 256])
+def test_the_branch_in_a_widened_product(tile: int, rank: int, dtype: torch.dtype):
+    """The branch alone, beside weights of zero, to 16-bit rounding; tokens of zeros have their bias alone."""
+    case = Case(1027, 200, 384, rank)
+    layer = without_minus_eight(random_linear(case))
+    layer.codes.zero_()
+    linear, x = on_device(layer), tokens(case, dtype).cuda()
+    x[5:9] = 0
+    packed = ops.pack(linear, "sm90a", dtype)
+    act = cuda._quantize(x, [(packed.blob, packed.spec)])[0]
+    wide = cuda._widen(act, packed.blob, packed.spec)
+    y = cuda._multiply(act, wide, packed.blob, packed.spec, torch.float32, tile=tile)
+    terms, exact = linear.bias.double().abs().expand(case.m, -1), linear.bias.double().expand(case.m, -1)
+    if rank:
+        exact = exact + act.low_rank.double() @ linear.lora_up.double().T
+        terms = terms + act.low_rank.double().abs() @ linear.lora_up.double().abs().T
+    assert ((y - exact).abs() <= terms * 2.0**-7).all()
+    assert (y - exact).norm() <= 2.0**-8 * exact.norm()
+    assert torch.equal(y[5:9], linear.bias.float().expand(4, -1))
+    assert torch.equal(y, cuda._multiply(act, wide, packed.blob, packed.spec, torch.float32, tile=tile))
+
+
+def test_rows_of_zeros_keep_their_branch():
+    case = Case(1100, 256, 256, 32)
+    layer = without_minus_eight(random_linear(case))
+    layer.wscales[3:70] = 0
+    linear = on_device(layer)
+    packed = ops.pack(linear, "sm90a")
+    act = ops.quantize_act(tokens(case, torch.bfloat16).cuda(), packed, "fp8")
+    y, exact = ops.linear(act, packed, torch.float32), reference.linear(act, linear, torch.float64)
+    assert (y - exact)[:, 3:70].norm() <= 2.0**-8 * exact[:, 3:70].norm()
+    assert (y - exact).norm() <= 0.04 * exact.norm()
+
+
+RESIDENT = (Case(1027, 128, 12288, 32), Case(2300, 128, 3072, 32), Case(4608, 128, 3072, 16), Case(100, 128, 320, 32),
+            Case(4608, 128, 12288, 32), Case(3, 128, 6144, 16), Case(600, 128, 12288, 0))  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RESIDENT, ids=str)
+def test_both_forms_of_quantization_agree(case: Case):
+    """CTAs that stay give the codes and scales of those that do not, and projections that differ in the sums' order."""
+    linear, x = on_device(without_minus_eight(random_linear(case))), tokens(case, torch.bfloat16).cuda()
+    x[1] = 0
+    packed = ops.pack(linear, "sm90a")
+    target = [(packed.blob, packed.spec)]
+    (plain,), (stays,), (again,) = (cuda._quantize(x, target, form=form) for form in (1, 2, 2))
+    wanted = reference.quantize_act(x, linear.smooth, linear.lora_down, "fp8", torch.float64)
+    for one, two in ((plain, stays), (stays, again)):
+        assert torch.equal(one.codes.view(torch.uint8), two.codes.view(torch.uint8))
+        assert torch.equal(one.scales, two.scales)
+    assert torch.equal(stays.low_rank, again.low_rank)
+    assert (stays.low_rank - wanted.low_rank).norm() <= 2.0**-8 * wanted.low_rank.norm()
+    # A token's bits do not depend on the tokens beside it.
+    some = cuda._quantize(x[: case.m // 2 + 1], target, form=2)[0]
+    assert torch.equal(some.low_rank, stays.low_rank[: case.m // 2 + 1])
 
 
 def test_the_same_bits_again():

@@ -29,6 +29,17 @@ int multiprocessors() {
   return count;
 }
 
+// The divided low-rank branch (divide.cuh), behind the weights in `wide`.
+struct Beside {
+  const uint8_t* up;
+  const void* low_rank;
+};
+
+Beside beside_wide(const uint8_t* wide, int64_t n, int64_t k, int64_t rank) {
+  const uint8_t* up = wide + n * k;
+  return {up, up + n / sm90a::kRows * ((rank + sm90a::kRanks - 1) / sm90a::kRanks) * sm90a::kWideBytes};
+}
+
 using Kernel = void (*)(CUtensorMap, CUtensorMap, CUtensorMap, sm90a::Args);
 
 // `out_tokens`: how many of a tile's tokens are written at once.
@@ -39,7 +50,10 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
   const bool boxed = p.y_dtype != DType::fp32 && p.n_valid % 8 == 0;
   CUtensorMap act, low_rank{}, out{};
   bool made = map_rows(&act, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.act, p.m, p.k_valid, tokens / 2);
-  if (p.rank) made &= map_rows(&low_rank, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.low_rank, p.m, p.rank, tokens / 2);
+  const Beside beside = p.wide ? beside_wide(p.wide, p.n, p.k, p.rank) : Beside{nullptr, p.low_rank};
+  if (p.rank) {
+    made &= map_rows(&low_rank, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, beside.low_rank, p.m, p.rank, tokens / 2);
+  }
   if (boxed) made &= map_rows(&out, sixteen_bits(p.y_dtype), 2, p.y, p.m, p.n_valid, out_tokens);
   if (!made) return "the driver refused to describe a tensor to the copy engine";
   const Args args{p.codes,
@@ -48,6 +62,7 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
                   p.bias,
                   p.act_scale,
                   p.wide,
+                  beside.up,
                   p.row_most,
                   p.y,
                   static_cast<int>(p.m),
@@ -63,9 +78,19 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
                   p.gelu};
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int grid = 2 * (args.tiles < clusters ? args.tiles : clusters);
-  kernel<<<grid, kThreads, shared, stream>>>(act, low_rank, out, args);
-  error = cudaGetLastError();
+  // The product's CTAs come while the last blocks of the widening run: it is the kernel before.
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(2 * (args.tiles < clusters ? args.tiles : clusters)));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = p.wide ? 1 : 0;
+  error = cudaLaunchKernelEx(&config, kernel, act, low_rank, out, args);
+  if (error == cudaSuccess) error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -95,10 +120,14 @@ Status widen_fp8_sm90a(const WidenFp8& p, void* stream) {
   const int panels = static_cast<int>(p.n / kRows), steps = static_cast<int>(p.k / kInputs);
   const int splits = std::min(steps, (8 * multiprocessors() + panels - 1) / panels);
   const int each = (steps + splits - 1) / splits;
-  const dim3 grid(panels, (steps + each - 1) / each);
+  const dim3 grid(panels, (steps + each - 1) / each + (p.rank ? 1 : 0));
   const auto kernel = p.nvfp4 ? widen_kernel<true> : widen_kernel<false>;
+  const Beside beside = beside_wide(p.wide, p.n, p.k, p.rank);
+  const auto out = [](const void* part) { return static_cast<uint16_t*>(const_cast<void*>(part)); };
+  const Divide divide{p.up,           p.low_rank,           p.row_scale,           p.act_scale,
+                      out(beside.up), out(beside.low_rank), static_cast<int>(p.m), static_cast<int>(p.rank)};
   kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(
-      {p.codes, p.wscales, p.row_most, p.wide, steps, each, p.scale_dtype});
+      {p.codes, p.wscales, p.row_most, p.wide, steps, each, p.scale_dtype, divide});
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -117,9 +146,10 @@ Status linear_fp8_sm90a(const LinearFp8& p, void* stream) {
     return best;
   };
   if (p.wide) {
-    const int tokens = chosen({128, 192, 256});
+    const int tokens = chosen({128, 192, 224, 256});
     return tokens == 128   ? wide<128>(p, clusters, at)
            : tokens == 192 ? wide<192>(p, clusters, at)
+           : tokens == 224 ? wide<224>(p, clusters, at)
                            : wide<256>(p, clusters, at);
   }
   const int tokens = chosen({64, 128, 176});

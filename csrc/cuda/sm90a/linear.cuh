@@ -38,7 +38,7 @@ struct Args {
   const uint16_t* up;
   const float* bias;
   const float* act_scale;
-  const uint8_t* wide;  // weights in e4m3, see widen.cuh
+  const uint8_t *wide, *wide_up;  // weights in e4m3, see widen.cuh, and the up-projection, see divide.cuh
   const float* row_most;
   void* y;
   int m, n_valid, panels, steps, rank, token_tiles, tiles;
@@ -233,8 +233,9 @@ __device__ inline void load_up(const Args& p, int n, int rank, uint32_t (&a)[4])
 }
 
 // sum += up x low_rank, both in 16 bits: `up` comes from registers, the tokens' projections through the ring.
-template <int kTokens, class At, class Ring>
-__device__ void add_low_rank(const Args& p, At at, Ring& turn, int panel, float (&sum)[kTokens / 2]) {
+template <int kTokens>
+__device__ void add_low_rank(const Args& p, Stage<kTokens> at, Turn<Shape<kTokens>::kStages>& turn, int panel,
+                             float (&sum)[kTokens / 2]) {
   const int thread = threadIdx.x % 128, lane = thread % 32, n = panel * kRows + thread / 32 * 16 + lane / 4;
   for (int base = 0; base < p.rank; base += kRanks, turn.next()) {
     barrier_wait(at.full + turn.stage * 8, turn.phase);

@@ -1,9 +1,12 @@
 // The W4A8 linear of Hopper for many tokens: weights were widened to e4m3 (widen.cuh), both operands lie in shared
 // memory.
 //
-// The sums stay in the matrix units' accumulators over all of K, and the two multiplying warpgroups need no turns:
-// while one writes its outputs, the other has the matrix units to itself, as far ahead as the ring of stages lets it
-// run.
+// The sums stay in the matrix units' accumulators over all of K and the low-rank branch, whose operands were divided by
+// the product's scales (divide.cuh). It comes last, since a product of 8-bit numbers keeps 13 bits below the largest
+// term, one of 16-bit numbers all of float32's.
+//
+// The two multiplying warpgroups need no turns: while one writes its outputs, the other has the matrix units to itself,
+// as far ahead as the ring of stages lets it run.
 #pragma once
 #include "wgmma_wide.cuh"
 #include "widen.cuh"
@@ -12,9 +15,9 @@ namespace nibble::sm90a {
 
 template <int kTokens>
 struct WideShape {
-  static constexpr int kStages = kTokens == 256 ? 4 : kTokens == 192 ? 5 : 6;
+  static constexpr int kStages = kTokens > 192 ? 4 : kTokens == 192 ? 5 : 6;
   static constexpr int kTokenBytes = kTokens * 128;
-  static constexpr int kOut = kTokens == 192 ? 96 : 128;  // tokens that are written at once
+  static constexpr int kOut = kTokens % 128 ? kTokens / 2 : 128;  // tokens that are written at once
   static constexpr int kOutBytes = kOut * kRows * 2;
   static constexpr int kShared = kStages * (kTokenBytes + 2 * kWideBytes) + 2 * kOutBytes + 2 * kStages * 8 + 1024;
 };
@@ -33,63 +36,78 @@ struct WideStage {
   }
 };
 
+// One stage: half of its tokens for both CTAs, and this CTA's two panels. Weights and up-projection are blocks of 64
+// rows.
+template <int kTokens>
+__device__ inline void fetch_stage(WideStage<kTokens> at, int stage, uint32_t phase, const CUtensorMap* map, int column,
+                                   int row, const uint8_t* first, const uint8_t* second, uint32_t rank_in_cluster) {
+  using S = WideShape<kTokens>;
+  const uint32_t full = at.full + stage * 8, weights = at.weights + stage * 2 * kWideBytes;
+  barrier_wait(at.empty + stage * 8, phase ^ 1);
+  barrier_expect(full, S::kTokenBytes + 2 * kWideBytes);
+  copy_box_to_all(at.tokens + stage * S::kTokenBytes + rank_in_cluster * (kTokens / 2) * 128, map, column, row, full,
+                  3);
+  copy_bulk(weights, first, kWideBytes, full);
+  copy_bulk(weights + kWideBytes, second, kWideBytes, full);
+}
+
 template <int kTokens>
 __device__ void fetch_wide(const CUtensorMap& act, const CUtensorMap& low_rank, const Args& p, WideStage<kTokens> at,
                            int cluster, int clusters, uint32_t rank_in_cluster) {
-  using S = WideShape<kTokens>;
-  constexpr int kHalf = kTokens / 2;
-  Turn<S::kStages> turn;
+  Turn<WideShape<kTokens>::kStages> turn;
+  const int chunks = (p.rank + kRanks - 1) / kRanks;
   for (int tile = cluster; tile < p.tiles; tile += clusters) {
-    const int row = tile % p.token_tiles * kTokens + rank_in_cluster * kHalf;
-    const int first = (tile / p.token_tiles * 2 + static_cast<int>(rank_in_cluster)) * 2;  // panel
-    const int ranks = (p.rank + kRanks - 1) / kRanks;
-    for (int step = 0; step < p.steps + ranks; ++step, turn.next()) {
-      const uint32_t full = at.full + turn.stage * 8;
-      const uint32_t tokens = at.tokens + turn.stage * S::kTokenBytes + rank_in_cluster * kHalf * 128;
-      barrier_wait(at.empty + turn.stage * 8, turn.phase ^ 1);
-      if (step >= p.steps) {
-        barrier_expect(full, S::kTokenBytes);
-        copy_box_to_all(tokens, &low_rank, (step - p.steps) * kRanks, row, full, 3);
-        continue;
+    const int row = tile % p.token_tiles * kTokens + rank_in_cluster * (kTokens / 2);
+    const int panel = (tile / p.token_tiles * 2 + static_cast<int>(rank_in_cluster)) * 2;
+    // A panel past the end (of an odd pair) is fetched from the start: it is multiplied, but never stored.
+    const int64_t first = panel < p.panels ? panel : 0, second = panel + 1 < p.panels ? panel + 1 : 0;
+    const auto run = [&](const CUtensorMap& map, int width, const uint8_t* from, int blocks) {
+      const uint8_t *one = from + first * blocks * kWideBytes, *two = from + second * blocks * kWideBytes;
+      for (int i = 0; i < blocks; ++i, turn.next(), one += kWideBytes, two += kWideBytes) {
+        fetch_stage<kTokens>(at, turn.stage, turn.phase, &map, i * width, row, one, two, rank_in_cluster);
       }
-      barrier_expect(full, S::kTokenBytes + 2 * kWideBytes);
-      copy_box_to_all(tokens, &act, step * kInputs, row, full, 3);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        // A panel past the end (of an odd pair) is fetched from the start: it is multiplied, but never stored.
-        const int panel = first + half < p.panels ? first + half : 0;
-        copy_bulk(at.weights + (turn.stage * 2 + half) * kWideBytes,
-                  p.wide + (int64_t{panel} * p.steps + step) * kWideBytes, kWideBytes, full);
-      }
-    }
+    };
+    run(act, kInputs, p.wide, p.steps);
+    run(low_rank, kRanks, p.wide_up, chunks);
   }
 }
 
 // What a thread needs of its two rows once the product is done, fetched before it begins.
-template <int kTokens>
 struct Rows {
-  static constexpr int kAhead = kTokens == 256 ? 1 : 2;  // times 16 ranks: where registers are left
-  float low, high;
-  uint32_t up[kAhead][4];
+  float low, high, bias_low, bias_high;
 
-  __device__ Rows(const Args& p, int n) {
-    low = p.row_most[n] / kLargest, high = p.row_most[n + 8] / kLargest;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (i * 16 < p.rank) load_up(p, n, i * 16, up[i]);
-    }
-  }
+  __device__ Rows(const Args& p, int n)
+      : low(row_divisor(p.row_most, n)),
+        high(row_divisor(p.row_most, n + 8)),
+        bias_low(p.bias[n]),
+        bias_high(p.bias[n + 8]) {}
 };
 
-// Scales of the tokens in this thread's columns.
+// Scales of the tokens in this thread's columns. A whole tile's lie at constant distances: loads and nothing else.
 template <int kTokens>
 __device__ void load_token_scales(const Args& p, int token, float (&scale)[kTokens / 4]) {
+  const int first = token + threadIdx.x % 4 * 2;
+  const float* from = p.act_scale + first;
+  if (token + kTokens <= p.m && reinterpret_cast<uintptr_t>(p.act_scale) % 8 == 0) {
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      const float2 two = *reinterpret_cast<const float2*>(from + j * 8);
+      scale[2 * j] = two.x, scale[2 * j + 1] = two.y;
+    }
+    return;
+  }
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j) {
-    const int m = token + j * 8 + threadIdx.x % 4 * 2;
-    scale[2 * j] = m < p.m ? p.act_scale[m] : 0.0f;
-    scale[2 * j + 1] = m + 1 < p.m ? p.act_scale[m + 1] : 0.0f;
+    scale[2 * j] = first + j * 8 < p.m ? from[j * 8] : 0.0f;
+    scale[2 * j + 1] = first + j * 8 + 1 < p.m ? from[j * 8 + 1] : 0.0f;
   }
+}
+
+// The compiler knows nothing of products under way and would read sums too early.
+template <int kCount>
+__device__ inline void hold_sums(float (&sum)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
 
 // The product of a tile, and its tokens' scales, which come while the last step is under way.
@@ -115,37 +133,36 @@ __device__ void multiply_wide(const Args& p, WideStage<kTokens> at, Turn<WideSha
   }
   load_token_scales<kTokens>(p, token, scale);
   wgmma_wait<0>();
+  hold_sums(sum);
   if (lane < 2) barrier_arrive_at(at.empty + before * 8, lane);
-  // The compiler knows nothing of products under way and would read sums too early.
-#pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
 
-// sum += up x low_rank as in linear.cuh, with what Rows holds already.
+// kCount times 16 ranks. All of it: the compiler makes products wait for each other where a branch lies between them.
+template <int kTokens, int kCount>
+__device__ void multiply_ranks(uint64_t up, uint64_t tokens, float (&sum)[kTokens / 2]) {
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) Wgmma<kTokens>::bf16(sum, up + i * 2, tokens + i * 2, 1);
+  wgmma_commit();
+  wgmma_wait<0>();
+  hold_sums(sum);
+}
+
+// sum += up x low_rank, both divided. Products of this shape may only follow the others in the same sums when those are
+// done: hence the wait before. Ranks past the last are zeros.
 template <int kTokens>
-__device__ void add_low_rank_wide(const Args& p, WideStage<kTokens> at, Turn<WideShape<kTokens>::kStages>& turn, int n,
-                                  const Rows<kTokens>& rows, float (&sum)[kTokens / 2]) {
-  const int lane = threadIdx.x % 32;
-  for (int base = 0; base < p.rank; base += kRanks, turn.next()) {
+__device__ void add_divided(const Args& p, WideStage<kTokens> at, Turn<WideShape<kTokens>::kStages>& turn, int group,
+                            float (&sum)[kTokens / 2]) {
+  for (int left = p.rank; left > 0; left -= kRanks, turn.next()) {
+    const uint64_t up = operand_descriptor(at.weights + (turn.stage * 2 + group) * kWideBytes);
+    const uint64_t tokens = operand_descriptor(at.tokens + turn.stage * WideShape<kTokens>::kTokenBytes);
     barrier_wait(at.full + turn.stage * 8, turn.phase);
-    const uint64_t tokens = operand_descriptor(at.tokens + turn.stage * kTokens * 128);
-#pragma unroll
-    for (int r = 0; r < kRanks; r += 16) {
-      if (base + r >= p.rank) break;
-      uint32_t a[4];
-      if (base == 0 && r < Rows<kTokens>::kAhead * 16) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = rows.up[r / 16 % Rows<kTokens>::kAhead][i];
-      } else {
-        load_up(p, n, base + r, a);
-      }
-      hold(a);
-      wgmma_fence();
-      Wgmma<kTokens>::bf16(sum, a, tokens + r / 8, 1);
-      wgmma_commit();
-      wgmma_wait();
+    if (left > kRanks / 2) {
+      multiply_ranks<kTokens, kRanks / 16>(up, tokens, sum);
+    } else {
+      multiply_ranks<kTokens, kRanks / 32>(up, tokens, sum);
     }
-    if (lane < 2) barrier_arrive_at(at.empty + turn.stage * 8, lane);
+    if (threadIdx.x % 32 < 2) barrier_arrive_at(at.empty + turn.stage * 8, threadIdx.x % 32);
   }
 }
 
@@ -160,14 +177,13 @@ __device__ void compute_wide(const CUtensorMap& out, const Args& p, WideStage<kT
     const int wanted = (tile / p.token_tiles * 2 + static_cast<int>(rank_in_cluster)) * 2 + group;
     const bool real = wanted < p.panels;
     const int panel = real ? wanted : 0, n = panel * kRows + thread / 32 * 16 + lane / 4;
-    const Rows<kTokens> rows(p, n);
+    const Rows rows(p, n);
     float sum[kTokens / 2], scale[kTokens / 4];
     multiply_wide<kTokens>(p, at, turn, group, token, scale, sum);
+    add_divided<kTokens>(p, at, turn, group, sum);
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) sum[i] *= scale[i / 4 * 2 + i % 2] * (i & 2 ? rows.high : rows.low);
-    const float bias_low = p.bias[n], bias_high = p.bias[n + 8];
-    add_low_rank_wide<kTokens>(p, at, turn, n, rows, sum);
-    finish_sums<kTokens>(p, bias_low, bias_high, sum);
+    finish_sums<kTokens>(p, rows.bias_low, rows.bias_high, sum);
     if (!real) continue;
     const uint32_t buffer = at.out + group * S::kOutBytes;
     if (!p.boxed) {
@@ -201,8 +217,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     }
     fence_barrier_init();
     prefetch_map(&act);
+    if (p.rank) prefetch_map(&low_rank);
   }
   cluster_sync();
+  wait_for_last();
   // The same in all lanes, and the compiler must know: a warpgroup's products may not lie in a divergent branch.
   const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
   if (role == 0) {

@@ -70,6 +70,19 @@ __device__ inline void warpgroup_sync(int group) {
   }
 }
 
+// ---- kernels that follow one another
+// ---------------------------------------------------------------------------------
+
+// The next kernel of the stream, launched for it, may take the multiprocessors that this one leaves.
+__device__ inline void launch_next() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Until the kernel before has ended and its writes are to be seen.
+__device__ inline void wait_for_last() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // ---- bulk copies
 // -----------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
 // Launches the pass that prepares tokens for Hopper's W4A8 linear.
-#include "quantize.cuh"
+#include "quantize_resident.cuh"
 
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <atomic>
 
 namespace nibble {
 namespace {
@@ -29,6 +30,63 @@ int64_t even_tokens(int64_t m, int64_t pitch, int clusters, int multiprocessors)
   return std::min(most, std::max<int64_t>(divide_up(m, places * waves), 8));
 }
 
+// A launch of clusters that use `bytes` of shared memory; the attribute must outlive it.
+cudaLaunchConfig_t configure(cudaLaunchAttribute& cluster, int64_t clusters, int size, int64_t threads, int64_t bytes,
+                             void* stream) {
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * size));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return config;
+}
+
+// CTAs that share a row in the resident form, or 0 where that form does not serve.
+int resident_size(const QuantizeFp8& p) {
+  using namespace sm90a;
+  if (p.scale || p.targets != 1 || p.target[0].rank > kResidentRanks) return 0;
+  for (int size = 1; size <= 8; size *= 2) {
+    if (p.k % (64 * size) == 0 && p.k / size <= kResidentSlice) return size;
+  }
+  return 0;
+}
+
+// How many such clusters the device holds at once, 0 if none; asked once a size, since every launch needs it.
+int resident_clusters(int size) {
+  using namespace sm90a;
+  static std::atomic<int> known[9];
+  int clusters = known[size];
+  if (clusters) return clusters;
+  cudaLaunchAttribute cluster{};
+  const auto config = configure(cluster, 1, size, kResidentThreads, kResidentBytes, nullptr);
+  if (cudaFuncSetAttribute(quantize_resident_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kResidentBytes) !=
+          cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&clusters, quantize_resident_kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  known[size] = clusters;
+  return clusters;
+}
+
+// `waves`: groups of each cluster.
+Status launch_resident(const QuantizeFp8& p, int size, int64_t clusters, int64_t waves, void* stream) {
+  using namespace sm90a;
+  const int tokens = static_cast<int>(std::max<int64_t>(divide_up(p.m, clusters * waves), 8));
+  clusters = std::min(clusters, divide_up(p.m, tokens));
+  cudaLaunchAttribute cluster{};
+  const auto config = configure(cluster, clusters, size, kResidentThreads, kResidentBytes, stream);
+  cudaError_t error =
+      cudaFuncSetAttribute(quantize_resident_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kResidentBytes);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, quantize_resident_kernel, p, tokens);
+  if (error == cudaSuccess) error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 }  // namespace
 
 Status quantize_fp8_sm90a(const QuantizeFp8& p, void* stream) {
@@ -37,6 +95,12 @@ Status quantize_fp8_sm90a(const QuantizeFp8& p, void* stream) {
   int device = 0, multiprocessors = 0, clusters = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const int size = p.form == kStreaming ? 0 : resident_size(p), held = size ? resident_clusters(size) : 0;
+  if (held) {
+    const int64_t waves = divide_up(p.m, int64_t{held} * kResidentTokens);
+    // The slice of `down` that a CTA fetches first pays when some groups follow; in short slices most threads idle.
+    if (p.form == kResident || (waves > 2 && p.k / size >= 1024)) return launch_resident(p, size, held, waves, stream);
+  }
   while (!p.scale && clusters < 8 && p.k / clusters > 3200 && p.k / clusters % 64 == 0) clusters *= 2;
   const int64_t slice = p.k / clusters;
   // Rows that begin 64 bytes apart on the banks: the matrix units' eight rows then meet in none.
@@ -49,15 +113,7 @@ Status quantize_fp8_sm90a(const QuantizeFp8& p, void* stream) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return cudaGetErrorString(error);
   cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(clusters), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(divide_up(p.m, tokens) * clusters));
-  config.blockDim = dim3(static_cast<unsigned>(warps * 32));
-  config.dynamicSmemBytes = bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  const auto config = configure(cluster, divide_up(p.m, tokens), clusters, warps * 32, bytes, stream);
   error = cudaLaunchKernelEx(&config, kernel, p, static_cast<int>(tokens), static_cast<int>(pitch));
   if (error == cudaSuccess) error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -8,14 +8,12 @@
 // NVFP4 takes the same way: its codes are signs and three bits already, of which the choice is another, and a chunk of
 // 16 inputs is just one of its groups.
 //
-// Out: blocks of 64 outputs by 128 inputs, [panel][step][64][128], each row's 16-byte chunks swizzled by the row.
+// Out: blocks of 64 outputs by 128 inputs, [panel][step][64][128], each row's 16-byte chunks swizzled by the row. The
+// low-rank branch follows them, divided by the product's scales (divide.cuh).
 #pragma once
-#include "linear.cuh"
+#include "divide.cuh"
 
 namespace nibble::sm90a {
-
-constexpr int kWideBytes = kRows * kInputs;
-constexpr float kLargest = 32;  // what a code of 1 becomes in the group with its row's largest scale
 
 struct Widen {
   const uint8_t* codes;
@@ -24,6 +22,7 @@ struct Widen {
   uint8_t* out;
   int steps, steps_each;
   DType scale_dtype;
+  Divide divide;
 };
 
 // What three bits of magnitude stand for: 0..7, or e2m1's 0, 0.5, 1, 1.5, 2, 3, 4, 6.
@@ -75,15 +74,21 @@ __device__ inline uint4 gather_four(const uint32_t (&word)[4], int q) {
   return {w[0], w[1], w[2], w[3]};
 }
 
-// A block takes 64 outputs and some of the inputs, 128 at a time. Scales: INT4 [64 outputs] for each 64 inputs, NVFP4
-// [4 groups][64 outputs].
+// A block takes 64 outputs and some of the inputs, 128 at a time; where there is a low-rank branch, the grid's last row
+// is what divides it. Scales: INT4 [64 outputs] for each 64 inputs, NVFP4 [4 groups][64 outputs].
 template <bool kNvfp4>
 __global__ void __launch_bounds__(128) widen_kernel(const Widen p) {
   const int thread = threadIdx.x, lane = thread % 32, panel = blockIdx.x, low = thread / 32 * 16 + lane / 4;
+  launch_next();
+  if (blockIdx.y * p.steps_each >= p.steps) {
+    divide(p.divide, panel);
+    return;
+  }
   const int64_t groups = int64_t{panel} * 2 * p.steps;  // of 64 inputs, before this block's
   const auto inverse = [&](int row) {
     const float most = p.row_most[panel * kRows + row];
-    return most > 0.0f ? kLargest / most : 0.0f;
+    // NVFP4 has other factors in a row's scale; where they make it zero, so must be what it scales.
+    return most > 0.0f && p.divide.row_most[panel * kRows + row] != 0.0f ? kLargest / most : 0.0f;
   };
   const float units[2] = {inverse(low), inverse(low + 8)};
   const int first = blockIdx.y * p.steps_each, last = min(first + p.steps_each, p.steps);
