@@ -1,7 +1,7 @@
 """One denoising step of FLUX.1-dev at full size, this engine beside its rivals at their fastest, in one run.
 
     python bench/flux_step.py                                   # bf16 and int4, 1024x1024, batch 1
-    python bench/flux_step.py bf16 fp8 int4 --json FILE         # fp8: torchao's rowwise FP8
+    python bench/flux_step.py bf16 fp8 int4 --json FILE         # fp8: torchao's rowwise FP8, fp8mm: the same by hand
     python bench/flux_step.py int4 --size 2048 --batch 1
 
 Weights are random: the time of a step does not depend on them, and no download is needed. Every variant is compiled
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.evaluation.machine import machine, write_json
+from bench.fp8_linear import replace_linears
 from bench.random_models import CONFIG, dense, quantized, random_layer, random_nvfp4
 
 GIB = 2**30
@@ -117,8 +118,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             layer = random_nvfp4 if kind == "nvfp4" else random_layer
             return quantized("cuda", config, "w4a4" if kind == "int4a4" else "auto", options.rank, layer)
         model = dense("cuda", config)
-        if kind == "fp8":
-            torchao_fp8(model)
+        if kind in ("fp8", "fp8mm"):
+            (torchao_fp8 if kind == "fp8" else replace_linears)(model)
         return model
 
     return measured(name, build, lambda: inputs("cuda", options.size, options.batch, config), options)
@@ -174,7 +175,7 @@ def main() -> None:
     """Parse the command line, measure each variant, write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", default=["bf16", "int4"],
-                        help="bf16, fp8, int4, int4a4, nvfp4; with -eager not compiled")  # fmt: skip
+                        help="bf16, fp8, fp8mm, int4, int4a4, nvfp4; with -eager not compiled")  # fmt: skip
     parser.add_argument("--size", type=int, default=1024, help="pixels of a side")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=32)

@@ -45,7 +45,7 @@ ROWS = (
     Row("flux-bf16", "bench/flux_step.py bf16", 120),
     Row("sana-int4", "bench/sana_step.py int4-eager", 60),
     Row("sana-bf16-eager", "bench/sana_step.py bf16-eager", 60),
-    Row("flux-fp8", "bench/flux_step.py fp8", 250, 60),
+    Row("flux-fp8", "bench/flux_step.py fp8mm", 120, 60),
     Row("budget-ours", "bench/budget.py ours", 90, 40),
     Row("budget-sequential", "bench/budget.py sequential --steps 2", 150, 60),
     Row("flux-int4-512", "bench/flux_step.py int4-eager --size 512", 60),
@@ -63,6 +63,7 @@ ROWS = (
     Row("sana-profile", "bench/sana_step.py int4-eager --profile --repeats 3", 60),
     Row("flux-profile", "bench/flux_step.py int4-eager --few --profile --repeats 3", 60),
     Row("budget-group", "bench/budget.py group --steps 2", 120, 50),
+    Row("flux-torchao", "bench/flux_step.py fp8", 500, 300),  # did not finish compiling in 242 s
 )
 SANITIZER = "compute-sanitizer --tool {tool} --kernel-regex kns=nibble --error-exitcode 9 {python} tests/gpu/kernels.py"
 CHECKS = (
@@ -163,7 +164,8 @@ def verdicts(out: Path) -> str:
         lines.append(f"{'met ' if met else 'MISS'}  {what}: {value}")
 
     line("FLUX step, ms (<= 88; goal 75)", ours, ours <= 88)
-    line("FP8's step over ours (> 1)", ratio("flux-fp8", "flux-int4"), ratio("flux-fp8", "flux-int4") > 1)
+    for rival in ("flux-fp8", "flux-torchao"):
+        line(f"{rival} over ours (> 1)", ratio(rival, "flux-int4"), ratio(rival, "flux-int4") > 1)
     weights = found.get("flux-int4", {}).get("weights_gib", float("nan"))
     line("weights, GiB (<= 6.8)", weights, weights <= 6.8)
     for rival, least in (("flux-bf16-eager", 2.0), ("flux-bf16", 1.5)):
