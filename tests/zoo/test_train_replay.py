@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from zoo.train.replay import Replayed, as_ever
+from zoo.train.replay import ByShape, Replayed, as_ever
 
 
 class Toy:
@@ -59,6 +59,19 @@ def test_results_outlive_the_next_replay():
     step = Replayed(toy.work, toy.grad, True, toy.recorder, after=0, checks=())
     first, second = (step(b)["loss"] for b in batches(2))
     assert float(first) != float(second)
+
+
+def test_inputs_of_another_shape_get_a_recording_of_their_own():
+    toy = Toy()
+    step = ByShape(toy.work, toy.grad, True, toy.recorder)
+    for count in range(12):
+        b = {"x": torch.arange(2.0 + 2 * (count % 2)) + count}
+        loss = step(b)["loss"]
+        assert float(loss) == pytest.approx(float((toy.weight * b["x"]).square().mean()))
+        assert step.active == (count >= 11)  # five ordinary steps of each shape come first
+    assert len(step.steps) == 2
+    step.release("enough")
+    assert not step.active
 
 
 def test_off_means_ordinary_steps():

@@ -158,8 +158,9 @@ class Replayed:
 class ByShape:
     """A `Replayed` for each set of shapes that the inputs come in; arguments and use are the same."""
 
-    def __init__(self, work: Callable[[Tensors], Tensors], grad: torch.Tensor, enabled: bool) -> None:
-        self.make = lambda: Replayed(work, grad, enabled)
+    def __init__(self, work: Callable[[Tensors], Tensors], grad: torch.Tensor, enabled: bool,
+                 recorder: Recorder = record) -> None:  # fmt: skip
+        self.make = lambda: Replayed(work, grad, enabled, recorder)
         self.steps: dict[tuple, Replayed] = {}
 
     @property
