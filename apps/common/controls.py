@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from apps.common import styles
-from apps.common.canvases import canvas, marker, picture, sketchpad
+from apps.common.canvases import canvas, photo, picture, sketchpad
 from apps.common.control import Control, always, between
 from engine.errors import RequestError
 from engine.models.catalogue import ModelSpec, Range
@@ -26,9 +26,9 @@ __all__ = [
     "decimal",
     "fitting_size",
     "guidance",
-    "marker",
     "model",
     "number",
+    "photo",
     "picture",
     "prompt",
     "seed",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from PIL import Image
 
-from apps.common import comparison, controls, history, painting, panels, pictures, recalling, styles
+from apps.common import canvases, comparison, controls, history, painting, panels, pictures, recalling, styles
 from apps.common.comparison import Shot
 from apps.common.painting import PRIVATE
 from apps.common.studio import Studio
 from apps.common.uploads import open_picture
 from engine import RequestError
+from engine.models.catalogue import ModelSpec
 
 if TYPE_CHECKING:
     from apps.common.shell import Page
@@ -115,17 +117,16 @@ def _wire_settings(page: Page, studio: Studio, live: Callable[..., Any] | None) 
         )
         for control in studio.controls:
             part = parts[control.name]
-            fixed = isinstance(part, gr.ImageEditor) and part.fixed_canvas
-            if control.place == "picture" and isinstance(part, gr.Image | gr.ImageEditor) and not fixed:
+            if control.place == "picture" and isinstance(part, gr.ImageEditor) and not part.fixed_canvas:
                 part.upload(
-                    lambda given: _shape(studio, given),
-                    inputs=[part],
-                    outputs=[*sides, page.aspect, part],
-                    queue=False,
-                    **PRIVATE,
+                    partial(_shape, studio), inputs=[part], outputs=[*sides, page.aspect], queue=False, **PRIVATE
                 )
         for side in sides:
             side.input(None, outputs=[page.aspect], js="() => null", **PRIVATE)  # pyright: ignore
+
+    for part in parts.values():
+        if isinstance(part, gr.ImageEditor) and not part.fixed_canvas:
+            part.upload(partial(_brush, spec, part.brush), inputs=[part], outputs=[part], queue=False, **PRIVATE)
 
     def recall(path: str) -> dict:
         try:
@@ -150,17 +151,22 @@ def _loaded(value: Any) -> Any:
         return picture.copy()
 
 
-def _shape(studio: Studio, given: Any) -> tuple[Any, Any, Any, Any]:
-    """Width and height of the shape of an uploaded picture, no aspect, and on a canvas a brush to its measure.
-
-    Nothing changes for one that cannot be opened.
-    """
+def _shape(studio: Studio, given: Any) -> tuple[Any, Any, Any]:
+    """Width and height of the shape of an uploaded picture, and no aspect; as they were if it cannot be opened."""
     try:
         picture = open_picture(given, "picture")
     except RequestError:
-        return gr.skip(), gr.skip(), gr.skip(), gr.skip()
-    brush = gr.update(brush=controls.marker(min(picture.size))) if isinstance(given, Mapping) else gr.skip()
-    return *controls.fitting_size(studio.choice.spec, *picture.size), None, brush
+        return gr.skip(), gr.skip(), gr.skip()
+    return *controls.fitting_size(studio.choice.spec, *picture.size), None
+
+
+def _brush(spec: ModelSpec, brush: Any, given: Any) -> Any:
+    """A brush to the measure of an uploaded picture, where `brush` is to that of the model's own."""
+    try:
+        side = min(open_picture(given, "picture").size)
+    except RequestError:
+        return gr.skip()
+    return gr.update(brush=canvases.brush_for(brush, int(spec.size.default), side))
 
 
 def _filled(page: Page, studio: Studio, values: dict[str, Any]) -> dict:

@@ -18,10 +18,11 @@
     if (event.target.closest("#nb-generate")) press();
   });
 
-  // On a narrow page the results lie below the desk: a press of Generate that was taken leads to them.
+  // On a narrow page the results lie below the desk: a press of Generate that was taken leads to them; where each stroke
+  // paints, to the page to draw on, right above them.
   let pressed = 0;
   const leadToResults = () => {
-    const results = document.querySelector("#nb-results");
+    const results = document.querySelector(".nb-at-once .nb-editor") ?? document.querySelector("#nb-results");
     if (!results || Date.now() - pressed > 30000 || innerWidth > 900) return;
     pressed = 0;
     const { top } = results.getBoundingClientRect();
