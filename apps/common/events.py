@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from apps.common.painting import PRIVATE
 from apps.common.studio import Studio
 from apps.common.uploads import open_picture
 from engine import RequestError
-from engine.models.catalogue import ModelSpec
 
 if TYPE_CHECKING:
     from apps.common.shell import Page
@@ -115,18 +113,11 @@ def _wire_settings(page: Page, studio: Studio, live: Callable[..., Any] | None) 
             queue=False,
             **PRIVATE,
         )
-        for control in studio.controls:
-            part = parts[control.name]
-            if control.place == "picture" and isinstance(part, gr.ImageEditor) and not part.fixed_canvas:
-                part.upload(
-                    partial(_shape, studio), inputs=[part], outputs=[*sides, page.aspect], queue=False, **PRIVATE
-                )
         for side in sides:
             side.input(None, outputs=[page.aspect], js="() => null", **PRIVATE)  # pyright: ignore
 
-    for part in parts.values():
-        if isinstance(part, gr.ImageEditor) and not part.fixed_canvas:
-            part.upload(partial(_brush, spec, part.brush), inputs=[part], outputs=[part], queue=False, **PRIVATE)
+    for control in studio.controls:
+        _wire_upload(page, studio, control)
 
     def recall(path: str) -> dict:
         try:
@@ -151,22 +142,26 @@ def _loaded(value: Any) -> Any:
         return picture.copy()
 
 
-def _shape(studio: Studio, given: Any) -> tuple[Any, Any, Any]:
-    """Width and height of the shape of an uploaded picture, and no aspect; as they were if it cannot be opened."""
-    try:
-        picture = open_picture(given, "picture")
-    except RequestError:
-        return gr.skip(), gr.skip(), gr.skip()
-    return *controls.fitting_size(studio.choice.spec, *picture.size), None
+def _wire_upload(page: Page, studio: Studio, control: controls.Control) -> None:
+    """An uploaded picture brings a brush to its measure; the one to start from also its shape.
 
+    One listener does both: each makes the editor send its picture, which would tell the other of an upload again.
+    """
+    part, spec = page.controls[control.name], studio.choice.spec
+    if not isinstance(part, gr.ImageEditor) or part.fixed_canvas:
+        return
+    shaped = [page.controls["width"], page.controls["height"], page.aspect] if control.place == "picture" else []
 
-def _brush(spec: ModelSpec, brush: Any, given: Any) -> Any:
-    """A brush to the measure of an uploaded picture, where `brush` is to that of the model's own."""
-    try:
-        side = min(open_picture(given, "picture").size)
-    except RequestError:
-        return gr.skip()
-    return gr.update(brush=canvases.brush_for(brush, int(spec.size.default), side))
+    def measured(given: Any) -> Any:
+        try:
+            picture = open_picture(given, control.name)
+        except RequestError:
+            return {part: gr.skip()}
+        brush = canvases.brush_for(part.brush, int(spec.size.default), min(picture.size))
+        shape = (*controls.fitting_size(spec, *picture.size), None)
+        return {part: gr.update(brush=brush)} | dict(zip(shaped, shape, strict=False))
+
+    part.upload(measured, inputs=[part], outputs=[part, *shaped], queue=False, **PRIVATE)
 
 
 def _filled(page: Page, studio: Studio, values: dict[str, Any]) -> dict:

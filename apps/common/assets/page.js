@@ -51,6 +51,45 @@
   takeBrush.observe(document, { childList: true, subtree: true });
   window.addEventListener("load", () => setTimeout(() => takeBrush.disconnect(), 60000));
 
+  // An editor encodes all of its picture several times over: one of a camera's size is made smaller before it gets there,
+  // still larger than any picture that is painted. What cannot be read goes on as it is, and is answered in words.
+  const LONGEST = 2048;
+  const made = new WeakSet();
+  const reduced = async (file) => {
+    try {
+      const picture = await createImageBitmap(file);
+      const share = LONGEST / Math.max(picture.width, picture.height);
+      if (share >= 1) return file;
+      const page = document.createElement("canvas");
+      [page.width, page.height] = [picture.width, picture.height].map((side) => Math.max(1, Math.round(side * share)));
+      const brush = page.getContext("2d");
+      brush.imageSmoothingQuality = "high";
+      brush.drawImage(picture, 0, 0, page.width, page.height);
+      const blob = await new Promise((done) => page.toBlob(done, "image/png"));
+      return new File([blob], file.name.replace(/\.\w+$/, "") + ".png", { type: "image/png" });
+    } catch {
+      return file;
+    }
+  };
+  const takeOver = (event, files, again) => {
+    if (made.has(event) || !event.target.closest?.(".nb-editor") || !files?.length) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    Promise.all([...files].map(reduced)).then((smaller) => {
+      const held = new DataTransfer();
+      smaller.forEach((file) => held.items.add(file));
+      const next = again(held);
+      made.add(next);
+      event.target.dispatchEvent(next);
+    });
+  };
+  window.addEventListener("change", (event) => takeOver(event, event.target.type === "file" && event.target.files, (held) => {
+    event.target.files = held.files;
+    return new Event("change", { bubbles: true });
+  }), true);
+  window.addEventListener("drop", (event) => takeOver(event, event.dataTransfer?.files, (held) =>
+    new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer: held })), true);
+
   // Gradio's own multi-line box submits on Shift+Enter; people who write prompts press Ctrl+Enter or Cmd+Enter.
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || !event.target.closest("#nb-prompt")) return;
