@@ -109,6 +109,7 @@ def _editor(
     def build(spec: ModelSpec) -> Component:
         import gradio as gr
 
+        more: dict[str, Any] = {"elem_classes": ["nb-editor"]} | own(int(spec.size.default))
         return gr.ImageEditor(
             label=label,
             type="filepath",
@@ -118,7 +119,7 @@ def _editor(
             transforms=(),
             height=370 if place == "picture" else 300,
             elem_id=f"nb-{name}",
-            **{"elem_classes": ["nb-editor"]} | own(int(spec.size.default)),
+            **more,
         )
 
     return Control(name, dict | None, describe, build, lambda spec: None, place=place)
