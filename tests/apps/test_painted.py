@@ -185,7 +185,9 @@ def test_an_upload_is_sent_a_few_times_and_one_of_a_cameras_size_smaller(browser
         tab.wait_for_timeout(3000)
         assert len(sent) == before, "the editor and the page do not answer each other for ever"
         screenshots.set_steps(tab, 2)
-        upload(tab, "depth_canny", saved(tmp_path, "huge"))
+        with tab.expect_request(lambda asked: asked.url.endswith("/upload"), timeout=1000 * SECONDS):
+            upload(tab, "depth_canny", saved(tmp_path, "huge"))
+        screenshots.wait_for_quiet(tab, 2000)
         write(tab, "a red cube")
         tab.locator("#nb-generate").click(no_wait_after=True)
         screenshots.wait_for_both(tab, SECONDS)

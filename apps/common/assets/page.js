@@ -72,14 +72,17 @@
     }
   };
   const takeOver = (event, files, again) => {
-    if (made.has(event) || !event.target.closest?.(".nb-editor") || !files?.length) return;
+    const editor = event.target.closest?.(".nb-editor");
+    if (made.has(event) || !editor || !files?.length) return;
     event.preventDefault();
     event.stopImmediatePropagation();
+    editor.setAttribute("aria-busy", "true");
     Promise.all([...files].map(reduced)).then((smaller) => {
       const held = new DataTransfer();
       smaller.forEach((file) => held.items.add(file));
       const next = again(held);
       made.add(next);
+      editor.removeAttribute("aria-busy");
       event.target.dispatchEvent(next);
     });
   };
