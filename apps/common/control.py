@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.models.catalogue import ModelSpec
+from engine.models.catalogue import ModelSpec, Range
 
 if TYPE_CHECKING:
     from gradio.components import Component
 
-__all__ = ["Control", "always", "between", "never"]
+__all__ = ["Control", "always", "between", "never", "slider"]
 
 
 def always(spec: ModelSpec) -> bool:
@@ -50,3 +50,16 @@ class Control:
     applies: Callable[[ModelSpec], bool] = always
     recalls: Callable[[Any, ModelSpec], bool] = never
     ranged: bool = False
+
+
+def slider(name: str, limits: Range | None, info: str) -> Component:
+    """A slider over a range of the model's, whole where the range is; ValueError where the model has none."""
+    import gradio as gr
+
+    if limits is None:
+        raise ValueError(f"{name}: the model has no such setting")
+    low, high, default, step = (
+        int(number) if float(number).is_integer() else number
+        for number in (limits.low, limits.high, limits.default, limits.step)
+    )
+    return gr.Slider(low, high, default, step=step, label=name.capitalize(), info=info, elem_id=f"nb-{name}")

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from apps.common import styles
-from apps.common.canvases import canvas, marker, picture, sketchpad
-from apps.common.control import Control, always, between
+from apps.common.canvases import canvas, photo, picture, sketchpad
+from apps.common.control import Control, always, between, slider
+from apps.common.sizes import ASPECTS, aspect_size, fitting_size, size
 from engine.errors import RequestError
-from engine.models.catalogue import ModelSpec, Range
+from engine.models.catalogue import ModelSpec
 from engine.request import MAX_PROMPT_CHARACTERS, MAX_SEED
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ __all__ = [
     "decimal",
     "fitting_size",
     "guidance",
-    "marker",
     "model",
     "number",
+    "photo",
     "picture",
     "prompt",
     "seed",
@@ -37,16 +38,6 @@ __all__ = [
     "steps",
     "style",
 ]
-
-ASPECTS: dict[str, tuple[int, int]] = {
-    "1:1": (1, 1),
-    "4:3": (4, 3),
-    "3:4": (3, 4),
-    "3:2": (3, 2),
-    "2:3": (2, 3),
-    "16:9": (16, 9),
-    "9:16": (9, 16),
-}
 
 # gradio takes seconds to import, so each `build` imports it: a command that only prints its help does not wait.
 
@@ -197,7 +188,7 @@ def steps() -> Control:
         describe="Denoising steps; left out, the model's own number.",
         default=lambda spec: None,
         applies=lambda spec: spec.steps.high > spec.steps.low,
-        build=lambda spec: _slider("steps", spec.steps, "More steps: more detail, more time"),
+        build=lambda spec: slider("steps", spec.steps, "More steps: more detail, more time"),
         ranged=True,
     )
 
@@ -210,7 +201,7 @@ def guidance() -> Control:
         describe="How closely to follow the prompt; left out, the model's own value.",
         default=lambda spec: None,
         applies=lambda spec: spec.guidance is not None,
-        build=lambda spec: _slider("guidance", spec.guidance, "How closely to follow the prompt"),
+        build=lambda spec: slider("guidance", spec.guidance, "How closely to follow the prompt"),
         ranged=True,
     )
 
@@ -256,48 +247,3 @@ def style() -> tuple[Control, Control]:
         build=build_words,
     )
     return named, words
-
-
-def size() -> tuple[Control, Control]:
-    """Width and height in pixels, within the model's limits."""
-    return _side("width"), _side("height")
-
-
-def _side(name: str) -> Control:
-    return Control(
-        name=name,
-        kind=int | None,
-        describe=f"{name.capitalize()} in pixels; left out, the model's own.",
-        default=lambda spec: None,
-        place="size",
-        build=lambda spec: _slider(name, spec.size, f"Pixels, a multiple of {spec.size.step:g}"),
-        ranged=True,
-    )
-
-
-def _slider(name: str, limits: Range | None, info: str) -> Component:
-    import gradio as gr
-
-    if limits is None:
-        raise ValueError(f"{name}: the model has no such setting")
-    low, high, default, step = (
-        int(number) if float(number).is_integer() else number
-        for number in (limits.low, limits.high, limits.default, limits.step)
-    )
-    return gr.Slider(low, high, default, step=step, label=name.capitalize(), info=info, elem_id=f"nb-{name}")
-
-
-def aspect_size(spec: ModelSpec, aspect: str) -> tuple[int, int]:
-    """Width and height of about the model's own pixel count in that aspect, on its step and within its limits."""
-    return fitting_size(spec, *ASPECTS[aspect])
-
-
-def fitting_size(spec: ModelSpec, across: int, down: int) -> tuple[int, int]:
-    """Width and height of about the model's own pixel count, of the shape of a picture `across` by `down`."""
-    ratio = (across / down) ** 0.5
-    return _snap(spec, spec.size.default * ratio), _snap(spec, spec.size.default / ratio)
-
-
-def _snap(spec: ModelSpec, pixels: float) -> int:
-    step = spec.size.step
-    return int(min(max(round(pixels / step) * step, spec.size.low), spec.size.high))

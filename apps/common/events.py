@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from PIL import Image
 
-from apps.common import comparison, controls, history, painting, panels, pictures, recalling, styles
+from apps.common import canvases, comparison, controls, history, painting, panels, pictures, recalling, styles
 from apps.common.comparison import Shot
 from apps.common.painting import PRIVATE
 from apps.common.studio import Studio
@@ -113,19 +113,11 @@ def _wire_settings(page: Page, studio: Studio, live: Callable[..., Any] | None) 
             queue=False,
             **PRIVATE,
         )
-        for control in studio.controls:
-            part = parts[control.name]
-            fixed = isinstance(part, gr.ImageEditor) and part.fixed_canvas
-            if control.place == "picture" and isinstance(part, gr.Image | gr.ImageEditor) and not fixed:
-                part.upload(
-                    lambda given: _shape(studio, given),
-                    inputs=[part],
-                    outputs=[*sides, page.aspect, part],
-                    queue=False,
-                    **PRIVATE,
-                )
         for side in sides:
             side.input(None, outputs=[page.aspect], js="() => null", **PRIVATE)  # pyright: ignore
+
+    for control in studio.controls:
+        _wire_upload(page, studio, control)
 
     def recall(path: str) -> dict:
         try:
@@ -150,17 +142,26 @@ def _loaded(value: Any) -> Any:
         return picture.copy()
 
 
-def _shape(studio: Studio, given: Any) -> tuple[Any, Any, Any, Any]:
-    """Width and height of the shape of an uploaded picture, no aspect, and on a canvas a brush to its measure.
+def _wire_upload(page: Page, studio: Studio, control: controls.Control) -> None:
+    """An uploaded picture brings a brush to its measure; the one to start from also its shape.
 
-    Nothing changes for one that cannot be opened.
+    One listener does both: each makes the editor send its picture, which would tell the other of an upload again.
     """
-    try:
-        picture = open_picture(given, "picture")
-    except RequestError:
-        return gr.skip(), gr.skip(), gr.skip(), gr.skip()
-    brush = gr.update(brush=controls.marker(min(picture.size))) if isinstance(given, Mapping) else gr.skip()
-    return *controls.fitting_size(studio.choice.spec, *picture.size), None, brush
+    part, spec = page.controls[control.name], studio.choice.spec
+    if not isinstance(part, gr.ImageEditor) or part.fixed_canvas:
+        return
+    shaped = [page.controls["width"], page.controls["height"], page.aspect] if control.place == "picture" else []
+
+    def measured(given: Any) -> Any:
+        try:
+            picture = open_picture(given, control.name)
+        except RequestError:
+            return {part: gr.skip()}
+        brush = canvases.brush_for(part.brush, int(spec.size.default), min(picture.size))
+        shape = (*controls.fitting_size(spec, *picture.size), None)
+        return {part: gr.update(brush=brush)} | dict(zip(shaped, shape, strict=False))
+
+    part.upload(measured, inputs=[part], outputs=[part, *shaped], queue=False, **PRIVATE)
 
 
 def _filled(page: Page, studio: Studio, values: dict[str, Any]) -> dict:

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from PIL.Image import Image
 
-from apps.common import columns, comparison, history, panels
+from apps.common import changes, columns, comparison, history, panels
 from apps.common.columns import HIDDEN
 from apps.common.comparison import Shot
-from apps.common.runner import (
-    Began,
-    Desk,
-    Event,
-    Failed,
-    Finished,
-    Job,
-    Loads,
-    Stepped,
-    Stopped,
-    Unloaded,
-    Withheld,
-    events,
-)
+from apps.common.runner import Desk, Event, Finished, Job, Stepped, Withheld, events
 from apps.common.studio import Studio
 from engine import Request, RequestError
 from engine.request import MAX_SEED
@@ -174,7 +161,7 @@ class Painter:
             return
         yield updates | {self.page.drawn: asked}
         shown: dict = {}
-        yield from _kept(self._run(data, request), shown)
+        yield from changes.kept(self._run(data, request), shown)
         yield shown | self.rest()
 
     def run(self, data: dict, request: gr.Request) -> Iterator[dict]:
@@ -184,7 +171,7 @@ class Painter:
         that to the very message, which it may not have shown yet: of two updates in a row the first can get lost.
         """
         shown: dict = {}
-        yield from _kept(self._run(data, request), shown)
+        yield from changes.kept(self._run(data, request), shown)
         if any(len(change) > 1 for change in shown.values()):
             yield shown
 
@@ -246,7 +233,7 @@ class Painter:
 
     def _progress(self, event: Event, job: Job) -> dict:
         column = self.page.columns[event.precision]
-        updates: dict = {column.status: _head(event)}
+        updates: dict = {column.status: changes.head(event)}
         if isinstance(event, Stepped):
             shape = job.request.width or 1, job.request.height or 1
             updates[column.canvas] = columns.canvas(event.step.index / event.step.total, *shape, event.preview)
@@ -279,39 +266,6 @@ class Painter:
             updates[page.columns[precision].figures] = columns.figures(result, results)
         other, amplify = data[page.comparison.other], data[page.comparison.amplify]
         return updates | comparison.shown(page.comparison, shots, other, amplify, self.studio.pictures)
-
-
-def _head(event: Event) -> str:
-    if isinstance(event, Loads):
-        return columns.status(event.precision, "busy", "Loading the weights")
-    if isinstance(event, Began):
-        return columns.status(event.precision, "busy", "Getting ready")
-    if isinstance(event, Stepped):
-        return columns.step_status(event.precision, event.step)
-    if isinstance(event, Stopped):
-        return columns.status(event.precision, "stopped", "Stopped")
-    if isinstance(event, Withheld):
-        return columns.status(event.precision, "stopped", "Painted, and withheld")
-    if isinstance(event, Unloaded):
-        return columns.status(event.precision, "failed", "Not loaded; the reason stands at the top of the page.")
-    if isinstance(event, Failed):
-        return columns.status(event.precision, "failed", event.text)
-    raise TypeError(f"no words for {type(event).__name__}")
-
-
-def _kept(messages: Iterable[dict], shown: dict) -> Iterator[dict]:
-    """Pass messages to the page on, and leave in `shown` what their updates come to; plain values do not get lost."""
-    for message in messages:
-        for part, change in message.items():
-            if _is_update(change):
-                shown[part] = shown.get(part, gr.update()) | change
-            elif part in shown:
-                shown[part].pop("value", None)
-        yield message
-
-
-def _is_update(change: Any) -> bool:
-    return isinstance(change, dict) and change.get("__type__") == "update"
 
 
 def _mark(asked: Request) -> str:

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engine import RequestError
 
-__all__ = ["MAX_PIXELS", "is_upload", "open_picture", "open_upload"]
+__all__ = ["MAX_PIXELS", "is_upload", "open_painted", "open_picture", "open_upload", "strokes"]
 
 MAX_PIXELS = 64_000_000
 
@@ -21,6 +21,36 @@ def open_picture(value: Any, name: str) -> Image.Image:
     Raises RequestError as `open_upload` does.
     """
     return _plain(open_upload(value, name))
+
+
+def open_painted(value: Any, name: str) -> Image.Image | None:
+    """The picture in RGB with what was painted over it; strokes without a picture lie on white paper.
+
+    `value` as for `open_upload`; None where there is neither a picture nor a stroke.
+    Raises RequestError as `open_upload` does.
+    """
+    layers, given = strokes(value, name), value
+    if isinstance(value, Mapping) and "background" in value:
+        given = value["background"]
+    if not given and not layers:
+        return None
+    page = open_picture(given, name) if given else Image.new("RGB", layers[0].size, "white")
+    for layer in layers:
+        over = layer.resize(page.size)
+        page.paste(over, mask=over)
+    return page
+
+
+def strokes(value: Any, name: str) -> list[Image.Image]:
+    """The layers of a canvas that have something on them, in RGBA.
+
+    Raises RequestError as `open_upload` does.
+    """
+    layers = value.get("layers") if isinstance(value, Mapping) else None
+    if not isinstance(layers or [], list | tuple):
+        raise RequestError(name, f"{name}: expected a list of layers, got {layers!r:.80}")
+    opened = [open_upload(layer, name).convert("RGBA") for layer in layers or ()]
+    return [layer for layer in opened if layer.getchannel("A").getbbox()]
 
 
 def open_upload(value: Any, name: str) -> Image.Image:

@@ -30,10 +30,10 @@ def prepare(values: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     """The control map, at the size to be painted; the picture fills it and what sticks out is cut off."""
     from PIL import Image, ImageOps
 
-    from apps.common.uploads import open_picture
+    from apps.common.uploads import open_painted, open_picture
     from apps.depth_canny import maps
 
-    picture = open_picture(values.get("picture"), "picture")
+    picture = open_painted(values.get("picture"), "picture") or open_picture(None, "picture")
     picture = ImageOps.fit(picture, (values["width"], values["height"]), Image.Resampling.LANCZOS)
     if values.get("ready"):
         return {"control_image": picture}
@@ -54,7 +54,7 @@ APP = App(
     models=("tiny-depth", "tiny-canny", "depth", "canny"),
     controls=(
         controls.prompt("a large blue metal sphere and a red cube under a pink sky"),
-        controls.picture("picture", "Picture to follow", "The picture whose depth or edges the new one keeps."),
+        controls.photo("picture", "Picture to follow", "The picture whose depth or edges the new one keeps."),
         controls.seed(),
         controls.number("low", "Lower threshold", (0, 255, 100), "Edges weaker than this are dropped", follows_edges),
         controls.number("high", "Upper threshold", (0, 255, 200), "Edges stronger than this are kept", follows_edges),

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from apps.common.uploads import open_picture, open_upload
+from apps.common.uploads import open_picture, strokes
 from apps.fill import SIDES
 from engine import RequestError
 
@@ -22,9 +22,8 @@ def mask_of(canvas: Mapping[str, Any], file: Any, size: tuple[int, int], grow: i
     `grow` widens it by so many pixels; `invert` turns it over first. Raises RequestError when it is empty.
     """
     white = np.zeros(size[::-1], np.uint8)
-    for layer in canvas.get("layers") or ():
-        drawn = ImageOps.fit(open_upload(layer, "canvas").convert("RGBA"), size).getchannel("A")
-        white |= np.asarray(drawn) > 127
+    for layer in strokes(canvas, "canvas"):
+        white |= np.asarray(ImageOps.fit(layer, size).getchannel("A")) > 127
     if file:
         given = ImageOps.fit(open_picture(file, "mask"), size, Image.Resampling.NEAREST).convert("L")
         white |= np.asarray(given) > 127

@@ -24,16 +24,17 @@ SLOTS = (("picture", "weight"), ("second", "second_weight"), ("third", "third_we
 
 def prepare(values: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     """The pictures that are there, whole, with their weights, and how much pictures and prompt count."""
-    from apps.common.uploads import open_picture
+    from apps.common.uploads import open_painted, open_picture
 
-    given = [(slot, weight) for slot, weight in SLOTS if values.get(slot)]
+    found = [(open_painted(values.get(slot), slot), weight) for slot, weight in SLOTS]
+    given = [(picture, weight) for picture, weight in found if picture is not None]
     if not given:
         open_picture(None, "picture")  # says what is missing
     weights = [controls.check_number(weight, values[weight], (0.0, 2.0)) for _, weight in given]
     if not any(weights):
         raise RequestError("weight", "weight: expected one picture at least to count, got 0 for all")
     return {
-        "images": [open_picture(values[slot], slot) for slot, _ in given],
+        "images": [picture for picture, _ in given],
         "weights": weights,
         "image_strength": controls.check_number("image_strength", values["image_strength"], (0.0, 1.0)),
         "prompt_strength": controls.check_number("prompt_strength", values["prompt_strength"], (0.0, 3.0)),
@@ -47,7 +48,7 @@ def weight(name: str, label: str, place: str) -> controls.Control:
 
 def also(name: str, label: str) -> controls.Control:
     """Another picture to mix in."""
-    return controls.picture(name, label, f"{label}, mixed with the first; optional.", place="more")
+    return controls.photo(name, label, f"{label}, mixed with the first; optional.", place="more")
 
 
 APP = App(
@@ -58,7 +59,7 @@ APP = App(
     models=("tiny-redux", "redux"),
     controls=(
         controls.prompt("leave it empty, or say what shall be different", needed=False),
-        controls.picture("picture", "Picture to vary", "The picture whose kind the new one is of."),
+        controls.photo("picture", "Picture to vary", "The picture whose kind the new one is of."),
         also("second", "Second picture"),
         weight("second_weight", "Weight of the second", "more"),
         also("third", "Third picture"),

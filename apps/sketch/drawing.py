@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from apps.common.uploads import open_picture, open_upload
+from apps.common.uploads import open_picture, strokes
 from apps.sketch import READINGS
 from engine import RequestError
 
@@ -30,9 +30,9 @@ def drawing_of(canvas: Mapping[str, Any], size: tuple[int, int], reading: str) -
     if canvas.get("background"):
         picture = ImageOps.fit(open_picture(canvas, "canvas"), size, Image.Resampling.LANCZOS).convert("L")
         ink |= _lines(np.asarray(picture), reading)
-    for layer in canvas.get("layers") or ():
-        strokes = ImageOps.fit(open_upload(layer, "canvas").convert("RGBA"), size, Image.Resampling.LANCZOS)
-        ink |= np.asarray(strokes.getchannel("A")) > 127
+    for layer in strokes(canvas, "canvas"):
+        drawn = ImageOps.fit(layer, size, Image.Resampling.LANCZOS)
+        ink |= np.asarray(drawn.getchannel("A")) > 127
     return Image.fromarray(np.where(ink, 0, 255).astype(np.uint8))
 
 

@@ -22,19 +22,25 @@ def write(tab, prompt: str) -> None:
     tab.locator("#nb-prompt textarea").fill(prompt)
 
 
+def picture_of(slug: str) -> str:
+    """The control that takes the app's picture."""
+    return "canvas" if slug in ("sketch", "fill") else "picture"
+
+
 def upload(tab, slug: str, file: Any) -> None:
     """Give the app's picture and wait until the page shows it."""
-    name = "canvas" if slug in ("sketch", "fill") else "picture"
+    name = picture_of(slug)
+    # An editor takes nothing before it is there.
+    tab.locator(f"#nb-{name} canvas").first.wait_for()
     tab.locator(f"#nb-{name} input[type=file]").first.set_input_files(file)
-    tab.locator(f"#nb-{name} canvas" if name == "canvas" else f"#nb-{name} img").first.wait_for()
     screenshots.wait_for_quiet(tab)
 
 
-def stroke(tab, *corners: tuple[int, int]) -> None:
+def stroke(tab, *corners: tuple[int, int], name: str = "canvas") -> None:
     """Draw a line over corners counted in pixels of the screen from the middle of the canvas."""
-    canvas = tab.locator("#nb-canvas canvas").first
+    canvas = tab.locator(f"#nb-{name} canvas").first
     canvas.scroll_into_view_if_needed()
-    tab.locator("#nb-canvas").evaluate("part => part.scrollIntoView({ block: 'center' })")
+    tab.locator(f"#nb-{name}").evaluate("part => part.scrollIntoView({ block: 'center' })")
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     tab.mouse.move(x + corners[0][0], y + corners[0][1])
@@ -120,6 +126,25 @@ def test_a_new_visitor_gets_two_pictures_and_compares_them(browser, small_house,
         tab.screenshot(path=tmp_path / f"{slug}-{view}.png", full_page=True)
 
 
+@pytest.mark.parametrize("view", ["phone", "light"])
+def test_the_page_to_draw_on_is_seen_at_once_and_results_are_right_by_it(browser, small_house, view):
+    with visit(browser, small_house[0].src, view, "sketch") as tab:
+        canvas = tab.locator("#nb-canvas canvas").first
+        canvas.wait_for()
+        box, screen = canvas.bounding_box(), screenshots.VIEWS[view]["viewport"]
+        bar = tab.locator("#nb-generate").bounding_box()["y"] if view == "phone" else screen["height"]
+        assert box["height"] > 300
+        assert box["y"] + box["height"] < bar
+        if view == "phone":
+            assert tab.locator("#nb-prompt").bounding_box()["y"] < bar, "where to type is in sight too"
+        sketch(tab)
+        screenshots.wait_for_both(tab, SECONDS)
+        canvas.evaluate("part => part.scrollIntoView()")
+        for precision in ("bf16", "int4"):
+            painted = tab.locator(f"#nb-image-{precision} img").bounding_box()
+            assert painted["y"] + painted["height"] < bar, "canvas and results fit on one screen"
+
+
 def test_on_a_phone_a_press_of_generate_leads_to_the_results_and_stop_stays_at_hand(browser, small_house):
     with visit(browser, small_house[0].src, "phone", "flux_t2i") as tab:
         top = "document.querySelector('#nb-results').getBoundingClientRect().top"
@@ -201,18 +226,16 @@ def test_odd_files_leave_the_page_usable(browser, small_house, slug, tmp_path):
     client, studios = small_house
     # Gradio's editor notes in the console that it cannot decode a damaged file, so the console is not looked at here.
     tab = context_of(browser, "light").new_page()
-    name = "canvas" if slug in ("sketch", "fill") else "picture"
-    for number, kind in enumerate(("damaged", "one pixel") if name == "canvas" else ("damaged",)):
+    for number, kind in enumerate(("damaged", "one pixel")):
         tab.goto(client.src + slug)
         tab.locator("#nb-banner .nb-load-ready").wait_for(timeout=1000 * SECONDS)
         if studios[slug].app.live:
             tab.locator("#nb-live input").uncheck()
-        tab.locator(f"#nb-{name} input[type=file]").first.set_input_files(saved(tmp_path, kind))
-        screenshots.wait_for_quiet(tab)
+        upload(tab, slug, saved(tmp_path, kind))
         write(tab, "a red cube")
         tab.locator("#nb-generate").click()
         tab.locator("#nb-message p, #nb-image-int4 img").first.wait_for(timeout=1000 * SECONDS)
-        if slug != "sketch":  # which paints from words alone
+        if slug == "fill" or (slug != "sketch" and kind == "damaged"):  # a sketch is painted from words alone
             assert re.search("expected a picture|could not be read|nothing is marked", text(tab, "#nb-message"))
         tab.locator("#nb-generate:not([disabled])").wait_for(timeout=1000 * SECONDS)
         prepared(tab, studios[slug], 2, 5 + number)

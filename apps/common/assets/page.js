@@ -18,10 +18,11 @@
     if (event.target.closest("#nb-generate")) press();
   });
 
-  // On a narrow page the results lie below the desk: a press of Generate that was taken leads to them.
+  // On a narrow page the results lie below the desk: a press of Generate that was taken leads to them; where each stroke
+  // paints, to the page to draw on, right above them.
   let pressed = 0;
   const leadToResults = () => {
-    const results = document.querySelector("#nb-results");
+    const results = document.querySelector(".nb-at-once .nb-editor") ?? document.querySelector("#nb-results");
     if (!results || Date.now() - pressed > 30000 || innerWidth > 900) return;
     pressed = 0;
     const { top } = results.getBoundingClientRect();
@@ -49,6 +50,48 @@
   });
   takeBrush.observe(document, { childList: true, subtree: true });
   window.addEventListener("load", () => setTimeout(() => takeBrush.disconnect(), 60000));
+
+  // An editor encodes all of its picture several times over: one of a camera's size is made smaller before it gets there,
+  // still larger than any picture that is painted. What cannot be read goes on as it is, and is answered in words.
+  const LONGEST = 2048;
+  const made = new WeakSet();
+  const reduced = async (file) => {
+    try {
+      const picture = await createImageBitmap(file);
+      const share = LONGEST / Math.max(picture.width, picture.height);
+      if (share >= 1) return file;
+      const page = document.createElement("canvas");
+      [page.width, page.height] = [picture.width, picture.height].map((side) => Math.max(1, Math.round(side * share)));
+      const brush = page.getContext("2d");
+      brush.imageSmoothingQuality = "high";
+      brush.drawImage(picture, 0, 0, page.width, page.height);
+      const blob = await new Promise((done) => page.toBlob(done, "image/png"));
+      return new File([blob], file.name.replace(/\.\w+$/, "") + ".png", { type: "image/png" });
+    } catch {
+      return file;
+    }
+  };
+  const takeOver = (event, files, again) => {
+    const editor = event.target.closest?.(".nb-editor");
+    if (made.has(event) || !editor || !files?.length) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    editor.setAttribute("aria-busy", "true");
+    Promise.all([...files].map(reduced)).then((smaller) => {
+      const held = new DataTransfer();
+      smaller.forEach((file) => held.items.add(file));
+      const next = again(held);
+      made.add(next);
+      editor.removeAttribute("aria-busy");
+      event.target.dispatchEvent(next);
+    });
+  };
+  window.addEventListener("change", (event) => takeOver(event, event.target.type === "file" && event.target.files, (held) => {
+    event.target.files = held.files;
+    return new Event("change", { bubbles: true });
+  }), true);
+  window.addEventListener("drop", (event) => takeOver(event, event.dataTransfer?.files, (held) =>
+    new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer: held })), true);
 
   // Gradio's own multi-line box submits on Shift+Enter; people who write prompts press Ctrl+Enter or Cmd+Enter.
   document.addEventListener("keydown", (event) => {
