@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 from engine.commands import convert
+from engine.quantize.__main__ import main as quantize
 from tests.t5 import four_bit_t5
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +99,9 @@ def test_a_published_flux_file_in_a_plain_pipeline(example, tmp_path: Path):
 
 
 def test_a_published_sana_file_in_a_plain_pipeline(example, tmp_path: Path):
-    file, out = published("sana-tiny-int4", tmp_path), tmp_path / "picture.png"
+    """The checkpoint that ships keeps linears in 16 bits, which a published file cannot: so one is made."""
+    file, out = tmp_path / "svdq-sana.safetensors", tmp_path / "picture.png"
+    assert quantize(["tiny-sana", "--out", str(file), "--format", "nunchaku", "--no-report", "--rounds", "1"]) == 0
     example("sana_published", "--transformer", file, "--pipeline", ZOO / "sana-tiny", "--device", "cpu", "--size", 256,
             "--steps", 2, "--text", 64, "--prompt", "a red cube", "--out", out)  # fmt: skip
     assert painted(out)
