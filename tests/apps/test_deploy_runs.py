@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -75,7 +74,7 @@ def started(python: Path, space: Path, log: Path) -> Iterator[str]:
         assert found, log.read_text()
         yield found[1]
     finally:
-        running.send_signal(signal.SIGINT)
+        running.terminate()  # not SIGINT: a shell's background jobs, and what they start, do not hear it
         running.wait(30)
 
 
