@@ -68,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="denoising steps of the calibration pictures (default the model's)")
     add("--rank", type=int, default=32, help="rank of the 16-bit branch, a multiple of 16 (default 32)")
     add("--rounds", type=int, default=8, help="rounds of refining branch and rounding (default 8)")
-    add("--damping", type=float, default=0.1,
-        help="how little to trust the sampled inputs to be all there are, 0.001 to 10 (default 0.1)")  # fmt: skip
+    add("--damping", type=float, default=0.5,
+        help="how little to trust the sampled inputs to be all there are, 0.001 to 10 (default 0.5)")  # fmt: skip
     add("--keep-16bit", nargs="+", default=[], metavar="PATTERN",
         help='linears to leave in 16 bits, for example "*.proj_mlp"')  # fmt: skip
     stages = parser.add_argument_group("stages", "each is on unless left out; --rank 0 and --rounds 1 leave out theirs")

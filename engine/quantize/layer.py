@@ -43,7 +43,7 @@ class Recipe:
     rounds: int = 8
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
-    damping: float = 0.1
+    damping: float = 0.5
     gptq: bool = True
     search: bool = True
     four_over_six: bool = True
