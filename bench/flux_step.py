@@ -28,7 +28,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.evaluation.machine import machine, write_json
-from bench.fp8_linear import replace_linears
+from bench.fp8_linear import is_large, replace_linears
 from bench.random_models import CONFIG, dense, quantized, random_layer, random_nvfp4
 
 GIB = 2**30
@@ -38,8 +38,7 @@ def torchao_fp8(model: nn.Module) -> None:
     """torchao's dynamic rowwise FP8 on every large linear of the blocks, in place."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    large = lambda m, name: isinstance(m, nn.Linear) and "transformer_blocks" in name and "norm" not in name  # noqa: E731
-    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=large)
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=is_large)
 
 
 def inputs(device: str, size: int, batch: int, config: dict, text: int = 512) -> dict[str, Any]:

@@ -37,9 +37,14 @@ class Fp8Linear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
+def is_large(module: nn.Module, name: str) -> bool:
+    """Whether FP8 takes the layer: the linears of the transformer blocks, without norms' modulation."""
+    return isinstance(module, nn.Linear) and "transformer_blocks" in name and "norm" not in name
+
+
 def replace_linears(model: nn.Module) -> None:
-    """Every large linear of the transformer blocks, in place; norms' modulation stays as it is, as for torchao."""
+    """Every large linear, in place."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and "transformer_blocks" in name and "norm" not in name:
+        if isinstance(module, nn.Linear) and is_large(module, name):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, Fp8Linear(module))

@@ -24,7 +24,7 @@ from zoo.train.log import Log, Meter
 from zoo.train.models import Parts
 from zoo.train.optim import Clock, Ema, FlatModel
 from zoo.train.places import KNOWN, Places, order_told, stated_told, weighed
-from zoo.train.pool import TOKEN_CLASSES, Pool
+from zoo.train.pool import TOKEN_CLASSES, Pool, by_count
 from zoo.train.replay import Tensors
 
 
@@ -126,9 +126,7 @@ class Batches:
         self.pool, self.size, self.drop, self.pictures = pool, size, drop, pictures
         self.empty = [ids.to(world.device) for ids in empty]  # ids of the empty prompt: (77,), (L,)
         self.generator = torch.Generator(world.device).manual_seed(seed * 1000 + world.rank)
-        # Scenes of two objects come twice as often as they were drawn, of three three times: they are harder.
-        count = pool.labels[:, : pool.labels.shape[1] // 2].sum(1).long()
-        self.rows = torch.arange(len(pool), device=world.device).repeat_interleave(count.to(world.device))
+        self.rows = by_count(pool.labels.to(world.device))
 
     def __call__(self) -> dict[str, torch.Tensor]:
         g, device = self.generator, self.generator.device

@@ -52,6 +52,15 @@ def depth_picture(depth: torch.Tensor) -> torch.Tensor:
     return (((1 / depth.clamp(min=1e-3) - far) / (near - far)).clamp(0, 1) * 255).to(torch.uint8)
 
 
+def by_count(labels: torch.Tensor) -> torch.Tensor:
+    """Rows to draw from, given the pictures' labels (P, 128): those of two objects stand twice, of three three times.
+
+    They are harder. int64 on the labels' device.
+    """
+    count = labels[:, : labels.shape[1] // 2].sum(1).long()
+    return torch.arange(len(labels), device=labels.device).repeat_interleave(count)
+
+
 PATCH = 16  # pixels of a latent token's side
 TOKEN_CLASSES = 1 + len(scenes.SHAPES) * len(scenes.COLORS)
 _COVERED = 0.35  # of a token's pixels, for an object to be what it shows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from zoo.train.dist import World
+from zoo.train.pool import by_count
 from zoo.train.sana_pool import Pool
 from zoo.train.sana_text import BOS, PAD
 
@@ -24,9 +25,7 @@ class Batches:
         self.pool, self.size, self.instruction, self.pictures = pool, size, instruction, pictures
         self.told, self.drop = told, drop
         self.generator = torch.Generator(world.device).manual_seed(seed * 1000 + world.rank)
-        # Scenes of two objects come twice as often as they were drawn, of three three times: they are harder.
-        count = pool.labels[:, : pool.labels.shape[1] // 2].sum(1).long()
-        self.rows = torch.arange(len(pool), device=world.device).repeat_interleave(count)
+        self.rows = by_count(pool.labels)
 
     def __call__(self) -> dict[str, torch.Tensor]:
         """ids (B, L), labels (B, 128), tokens (B, N), relations (B, 2, 3), and with pictures x0 and noise."""
