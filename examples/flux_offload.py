@@ -20,7 +20,7 @@ def encode(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings of the prompt; the encoders are gone when this returns."""
     encoder = SVDQuantT5Encoder.from_pretrained(options.encoder, device=options.device)
     pipe = FluxPipeline.from_pretrained(
-        options.pipeline, transformer=None, vae=None, text_encoder_2=encoder, torch_dtype=torch.bfloat16
+        options.pipeline, transformer=None, vae=None, text_encoder_2=encoder, dtype=torch.bfloat16
     ).to(options.device)
     embeds, pooled, _ = pipe.encode_prompt(options.prompt, prompt_2=None, max_sequence_length=options.text)
     return embeds, pooled
@@ -47,7 +47,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     transformer = SVDQuantFluxTransformer.from_pretrained(options.transformer, device=options.device)
     pipe = FluxPipeline.from_pretrained(
-        options.pipeline, text_encoder=None, text_encoder_2=None, transformer=transformer, torch_dtype=torch.bfloat16
+        options.pipeline, text_encoder=None, text_encoder_2=None, transformer=transformer, dtype=torch.bfloat16
     ).to(options.device)
     image = pipe(
         prompt_embeds=embeds, pooled_prompt_embeds=pooled, height=options.size, width=options.size,

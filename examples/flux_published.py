@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
 
     transformer = SVDQuantFluxTransformer.from_pretrained(options.transformer, device=options.device)
-    pipe = FluxPipeline.from_pretrained(options.pipeline, transformer=transformer, torch_dtype=torch.bfloat16)
+    pipe = FluxPipeline.from_pretrained(options.pipeline, transformer=transformer, dtype=torch.bfloat16)
     image = pipe.to(transformer.device)(
         options.prompt, height=options.size, width=options.size, num_inference_steps=options.steps,
         guidance_scale=options.guidance, max_sequence_length=options.text,

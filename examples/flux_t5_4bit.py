@@ -35,7 +35,7 @@ def main() -> None:
         options.pipeline,
         transformer=SVDQuantFluxTransformer.from_pretrained(options.transformer, device=options.device),
         text_encoder_2=SVDQuantT5Encoder.from_pretrained(options.encoder, device=options.device),
-        torch_dtype=torch.bfloat16,
+        dtype=torch.bfloat16,
     ).to(options.device)
     image = pipe(
         options.prompt, height=options.size, width=options.size, num_inference_steps=options.steps,

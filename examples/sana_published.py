@@ -37,7 +37,7 @@ def main() -> None:
 
     transformer = SVDQuantSanaTransformer.from_pretrained(options.transformer, device=options.device)
     # All of it in BF16: the autoencoder and the text encoder too, which the repository may keep in 32 bits.
-    pipe = SanaPipeline.from_pretrained(options.pipeline, transformer=transformer, torch_dtype=torch.bfloat16)
+    pipe = SanaPipeline.from_pretrained(options.pipeline, transformer=transformer, dtype=torch.bfloat16)
     image = pipe.to(transformer.device)(
         options.prompt, height=options.size, width=options.size, num_inference_steps=options.steps,
         guidance_scale=options.guidance, max_sequence_length=options.text,

@@ -61,13 +61,13 @@ def open_pipeline(options: argparse.Namespace, precision: str, device: str) -> A
 
         pipe = Engine.load(options.model, name, device=device, activation=activation or "auto").pipe
     elif options.model:
-        pipe = pipeline_class.from_pretrained(options.model, torch_dtype=torch.bfloat16)
+        pipe = pipeline_class.from_pretrained(options.model, dtype=torch.bfloat16)
     elif options.base and options.lora:
         from zoo.train import lora
 
         merged = lora.merge(options.base, options.lora)
         merged = torch.nn.Module.to(merged, torch.bfloat16)
-        pipe = pipeline_class.from_pretrained(options.base, transformer=merged, torch_dtype=torch.bfloat16)
+        pipe = pipeline_class.from_pretrained(options.base, transformer=merged, dtype=torch.bfloat16)
     else:
         raise SystemExit("give --model, or --base and --lora")
     pipe.to(device)

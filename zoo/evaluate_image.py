@@ -151,7 +151,7 @@ def evaluate_redux(bench: Bench) -> tuple[dict[str, Figures], dict[str, torch.Te
     from diffusers import FluxPriorReduxPipeline
 
     options, device = bench.options, bench.device
-    prior = FluxPriorReduxPipeline.from_pretrained(options.redux, torch_dtype=torch.bfloat16).to(device)
+    prior = FluxPriorReduxPipeline.from_pretrained(options.redux, dtype=torch.bfloat16).to(device)
     batch = scenes.sample(options.count, options.seed, "test")
     more = scenes.sample(4 * options.count, options.seed + 1, "test")
     captions, others = captions_of(batch), captions_of(more)

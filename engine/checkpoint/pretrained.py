@@ -1,7 +1,7 @@
 """One line from a 4-bit checkpoint to a diffusers or transformers model.
 
 transformer = SVDQuantFluxTransformer.from_pretrained("nunchaku-tech/nunchaku-flux.1-dev/svdq-int4_r32-flux.1-dev.safetensors")
-pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", transformer=transformer, torch_dtype=torch.bfloat16)
+pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", transformer=transformer, dtype=torch.bfloat16)
 """  # noqa: E501 - two lines to be copied
 
 from __future__ import annotations
@@ -34,20 +34,22 @@ class SVDQuantFluxTransformer:
         *,
         device: str | torch.device = "auto",
         activation: str = "auto",
-        torch_dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.bfloat16,
+        torch_dtype: torch.dtype | None = None,
         progress: Progress | None = None,
     ) -> FluxTransformer2DModel:
         """Open a 4-bit FLUX.1 checkpoint of any layout and return a FluxTransformer2DModel with replaced linears.
 
         `place` is a file, a folder, `owner/repo/file.safetensors` or `owner/repo` on the hub. `activation` is "auto",
-        "w4a4" or "w4a8". `progress` is told (layers done, layers in all). Raises CheckpointError, ModelError (hub),
-        BackendError (nothing here can run it) or ArgumentError.
+        "w4a4" or "w4a8". `torch_dtype` is diffusers' older name of `dtype`; where both are given it counts. `progress`
+        is told (layers done, layers in all). Raises CheckpointError, ModelError (hub), BackendError (nothing here can
+        run it) or ArgumentError.
         """
         from diffusers import FluxTransformer2DModel
 
         from engine.models import flux
 
-        return _load(place, FluxTransformer2DModel, flux, device, activation, torch_dtype, progress)
+        return _load(place, FluxTransformer2DModel, flux, device, activation, torch_dtype or dtype, progress)
 
 
 class SVDQuantSanaTransformer:
@@ -59,7 +61,8 @@ class SVDQuantSanaTransformer:
         *,
         device: str | torch.device = "auto",
         activation: str = "auto",
-        torch_dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.bfloat16,
+        torch_dtype: torch.dtype | None = None,
         progress: Progress | None = None,
     ) -> SanaTransformer2DModel:
         """Open a 4-bit SANA checkpoint and return a SanaTransformer2DModel; arguments and errors as for FLUX."""
@@ -67,7 +70,7 @@ class SVDQuantSanaTransformer:
 
         from engine.models import sana
 
-        return _load(place, SanaTransformer2DModel, sana, device, activation, torch_dtype, progress)
+        return _load(place, SanaTransformer2DModel, sana, device, activation, torch_dtype or dtype, progress)
 
 
 class SVDQuantT5Encoder:
@@ -75,7 +78,11 @@ class SVDQuantT5Encoder:
 
     @staticmethod
     def from_pretrained(
-        place: str | Path, *, device: str | torch.device = "auto", torch_dtype: torch.dtype = torch.bfloat16
+        place: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype = torch.bfloat16,
+        torch_dtype: torch.dtype | None = None,
     ) -> T5EncoderModel:
         """Open a 4-bit T5 encoder (weight-only, 16-bit activations); arguments and errors as for FLUX."""
         from engine import ops
@@ -83,7 +90,7 @@ class SVDQuantT5Encoder:
 
         where = pick_device(device)
         backend = ops.backends.select(where).name
-        return load_t5(resolve(place), backend=backend, device=where, dtype=torch_dtype)  # pyright: ignore[reportReturnType]
+        return load_t5(resolve(place), backend=backend, device=where, dtype=torch_dtype or dtype)  # pyright: ignore[reportReturnType]
 
 
 def _load(
@@ -101,7 +108,7 @@ def _load(
 
     where = pick_device(device)
     if dtype not in (torch.bfloat16, torch.float16):
-        raise ArgumentError(f"torch_dtype: expected torch.bfloat16 or torch.float16, got {dtype}")
+        raise ArgumentError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}")
     return load_quantized(
         resolve(place),
         model_class,

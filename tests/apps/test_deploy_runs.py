@@ -56,14 +56,18 @@ def environment(home: Path, space: Path) -> Path:
     return python
 
 
+def away_from_here() -> dict[str, str]:
+    """The environment's variables without those that lead to this checkout."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "ENGINE_ZOO")}
+
+
 @contextmanager
 def started(python: Path, space: Path, log: Path) -> Iterator[str]:
     """The Space's page while it runs, started from another folder and with nothing of this checkout in sight."""
-    plain = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "ENGINE_ZOO")}
     with log.open("w") as out:
         running = subprocess.Popen(
             [python, "-u", space / "app.py"], cwd=log.parent, stdout=out, stderr=subprocess.STDOUT,
-            env=plain | {"HF_HUB_OFFLINE": "1"},
+            env=away_from_here() | {"HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
     try:
         for _ in range(600):
@@ -147,7 +151,8 @@ def test_a_space_runs_by_itself(tmp_path):
     space = folder.write(made, tmp_path / "space")
     python = environment(tmp_path / "env", space)
     code = "import importlib.util as u; print(u.find_spec('apps'), u.find_spec('safety'), bool(u.find_spec('torch')))"
-    seen = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    look = [python, "-c", code]
+    seen = subprocess.run(look, cwd=tmp_path, env=away_from_here(), capture_output=True, text=True, check=True)
     assert seen.stdout.split() == ["None", "None", "True"]
     with started(python, space, tmp_path / "log") as url:
         answer, facts = Client(url, verbose=False).predict(prompt=SCENE, seed=7, precision="int4", api_name="/generate")

@@ -111,6 +111,14 @@ def test_every_layout_runs_to_the_same_bits(tmp_path: Path):
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_both_names_of_the_dtype_are_heard(name: str):
+    model = SVDQuantFluxTransformer.from_pretrained(FLUX, device="cpu", **{name: torch.float16})
+    assert model.x_embedder.weight.dtype == torch.float16
+    with pytest.raises(ArgumentError, match=r"dtype: expected torch.bfloat16 or torch.float16, got torch.float32"):
+        SVDQuantFluxTransformer.from_pretrained(FLUX, device="cpu", **{name: torch.float32})
+
+
 def test_flux_nvfp4_runs_as_its_dense_weights_do(nvfp4: Path):  # noqa: F811
     model = SVDQuantFluxTransformer.from_pretrained(nvfp4, device="cpu", activation="w4a8")
     with torch.inference_mode():

@@ -85,7 +85,7 @@ def test_diffusers_loads_the_file_and_computes_the_same(flux_base, tmp_path, wit
 
 def test_the_pipeline_paints_and_the_control_map_matters(flux_base, tmp_path):
     lora.save(tuned(flux_base).parts.transformer, tmp_path)
-    pipe = FluxControlPipeline.from_pretrained(flux_base, torch_dtype=torch.bfloat16)
+    pipe = FluxControlPipeline.from_pretrained(flux_base, dtype=torch.bfloat16)
     pipe.load_lora_weights(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     paint = lambda level: pipe(  # noqa: E731

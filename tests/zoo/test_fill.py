@@ -35,7 +35,7 @@ def slots(part) -> torch.Tensor:
 
 
 def test_masks_are_packed_as_the_pipeline_packs_them(flux_base):
-    pipe = FluxFillPipeline.from_pretrained(flux_base, torch_dtype=torch.float32)
+    pipe = FluxFillPipeline.from_pretrained(flux_base, dtype=torch.float32)
     hole = torch.rand(2, 64, 64) > 0.5
     want, _ = pipe.prepare_mask_latents(
         hole[:, None].float(), torch.zeros(2, 16, 8, 8), 2, 16, 1, 64, 64, torch.float32, torch.device("cpu"), None
@@ -136,7 +136,7 @@ def test_the_pipeline_computes_what_training_computed(flux_base, tmp_path):
             for part in (layer.lora_A, layer.lora_B):
                 part.copy_(part.bfloat16())
     lora.save(made.parts.transformer, tmp_path)
-    pipe = FluxFillPipeline.from_pretrained(flux_base, torch_dtype=torch.float32)
+    pipe = FluxFillPipeline.from_pretrained(flux_base, dtype=torch.float32)
     pipe.load_lora_weights(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.transformer.config.in_channels == 384

@@ -29,7 +29,7 @@ def run(flux_base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def prior(run) -> FluxPriorReduxPipeline:
-    return FluxPriorReduxPipeline.from_pretrained(run / "model", torch_dtype=torch.float32)
+    return FluxPriorReduxPipeline.from_pretrained(run / "model", dtype=torch.float32)
 
 
 def pictures(n: int, size: int = 64) -> list[Image.Image]:
@@ -73,7 +73,7 @@ def test_a_mix_is_the_weighted_sum_and_paints(prior, flux_base):
     torch.testing.assert_close(pooled[2], pooled[0], rtol=1e-4, atol=1e-5)
     short, _ = redux_paint.embed(prior, [[one]], [[1]], text_length=64)
     torch.testing.assert_close(short[:, 64:], states[:1, 512:], rtol=1e-4, atol=1e-5)
-    pipe = FluxPipeline.from_pretrained(flux_base, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(flux_base, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     painted = redux_paint.paint(pipe, states, pooled, steps=2, guidance=2.5, size=64)
     assert painted.shape == (3, 3, 64, 64)

@@ -154,7 +154,7 @@ def merge(base: Path, folder: Path) -> FluxTransformer2DModel:
 
     Raises KeyError for a layer the base does not have.
     """
-    transformer = FluxTransformer2DModel.from_pretrained(Path(base) / "transformer", torch_dtype=torch.float32)
+    transformer = FluxTransformer2DModel.from_pretrained(Path(base) / "transformer", dtype=torch.float32)
     tensors, _ = read_file(folder)
     names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     weights = transformer.state_dict()

@@ -298,8 +298,8 @@ def prepare(run: control.Run) -> Learner:
 def show(run: control.Run, valid: Cases, log: Log) -> None:
     """A sheet through the pipelines: source and variations at two strengths of guidance, halves and their mix."""
     config, device, out = run.config["samples"], run.world.device, run.args.out
-    prior = FluxPriorReduxPipeline.from_pretrained(out / "model", torch_dtype=torch.bfloat16).to(device)
-    pipe = FluxPipeline.from_pretrained(run.args.base, torch_dtype=torch.bfloat16).to(device)
+    prior = FluxPriorReduxPipeline.from_pretrained(out / "model", dtype=torch.bfloat16).to(device)
+    pipe = FluxPipeline.from_pretrained(run.args.base, dtype=torch.bfloat16).to(device)
     pipe.load_lora_weights(out / "model")
     pipe.set_progress_bar_config(disable=True)
     size, n = run.config["pool"]["size"], config["count"]

@@ -80,8 +80,7 @@ def load(folder: Path, config: dict | None = None) -> Parts:
     """
     classes = (SanaTransformer2DModel, AutoencoderDC, Gemma2Model)
     found = [
-        cls.from_pretrained(Path(folder) / name, torch_dtype=torch.float32)
-        for name, cls in zip(PARTS, classes, strict=True)
+        cls.from_pretrained(Path(folder) / name, dtype=torch.float32) for name, cls in zip(PARTS, classes, strict=True)
     ]
     parts = Parts(*found)
     if config:

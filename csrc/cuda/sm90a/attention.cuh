@@ -6,6 +6,7 @@
 // thread holds its scores, so that probabilities become the A operand without any exchange between threads.
 #pragma once
 #include "../kernels.h"
+#include "pairs.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
 
@@ -239,10 +240,7 @@ __device__ void attention_multiply(const CUtensorMap& out, const AttentionArgs& 
     const int block = j + lane / 16;
     const uint32_t to = buffer + block / 8 * 64 * 128 + row * 128 + ((block % 8 ^ row % 8) << 4);
     const float* d = o + 4 * j;
-    const auto two = [&](int i, int r) {
-      const __nv_bfloat162 v = __floats2bfloat162_rn(d[i] * rescale[r], d[i + 1] * rescale[r]);
-      return reinterpret_cast<const uint32_t&>(v);
-    };
+    const auto two = [&](int i, int r) { return pack_two(d[i] * rescale[r], d[i + 1] * rescale[r]); };
     store_matrices(to, two(0, 0), two(2, 1), two(4, 0), two(6, 1));
   }
   fence_async_shared();
@@ -274,7 +272,7 @@ __global__ void __launch_bounds__(AttentionShape<kGroups>::kThreads, 1)
   }
   __syncthreads();
   const int first = blockIdx.x * AttentionShape<kGroups>::kQueries, head = blockIdx.y;
-  const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  const int role = warpgroup();
   if (role == 0) {
     give_registers<24>();
     if (threadIdx.x == 0) attention_fetch<kGroups>(q, k, v, p, at, first, head);

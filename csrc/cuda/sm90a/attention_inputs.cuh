@@ -4,6 +4,7 @@
 // Within each run of 32 keys the values are put in the order in which a thread of wgmma's D holds its scores.
 #pragma once
 #include "../kernels.h"
+#include "pairs.cuh"
 #include "ptx.cuh"
 
 namespace nibble::sm90a {
@@ -23,11 +24,7 @@ __device__ inline uint32_t pack_four(const float (&v)[4]) {
 }
 
 __device__ inline void load_four(const __nv_bfloat16* from, float (&v)[4]) {
-  const uint2 raw = *reinterpret_cast<const uint2*>(from);
-  v[0] = __uint_as_float(raw.x << 16);
-  v[1] = __uint_as_float(raw.x & 0xffff0000u);
-  v[2] = __uint_as_float(raw.y << 16);
-  v[3] = __uint_as_float(raw.y & 0xffff0000u);
+  unpack_four(*reinterpret_cast<const uint2*>(from), v);
 }
 
 // x / rms(x) * weight, then each pair of elements turned by the token's angle. A lane holds four of the 128 elements.

@@ -27,7 +27,7 @@ __device__ inline float row_divisor(const float* row_most, int n) {
 __device__ inline uint4 divide_eight(const uint16_t* from, float by) {
   const uint4 raw = *reinterpret_cast<const uint4*>(from);
   const auto divided = [&](uint32_t bits) { return by == 0.0f ? 0.0f : __uint_as_float(bits) / by; };
-  const auto two = [&](uint32_t word) { return pair<true>(divided(word << 16), divided(word & 0xffff0000u)); };
+  const auto two = [&](uint32_t word) { return pack_two(divided(word << 16), divided(word & 0xffff0000u)); };
   return {two(raw.x), two(raw.y), two(raw.z), two(raw.w)};
 }
 

@@ -10,6 +10,7 @@
 // FP8's full rate a CTA alone would ask more of the L2 than it gives.
 #pragma once
 #include "../kernels.h"
+#include "pairs.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
 
@@ -61,12 +62,7 @@ __device__ inline float scale_value(uint16_t bits, DType dtype) {
 
 template <bool kBfloat16>
 __device__ inline uint32_t pair(float low, float high) {
-  if constexpr (kBfloat16) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(v);
-  }
-  const __half2 v = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(v);
+  return kBfloat16 ? pack_two(low, high) : pack_two_halves(low, high);
 }
 
 // Where everything lies in shared memory; addresses of the shared window.
@@ -350,26 +346,30 @@ __device__ void compute(const CUtensorMap& out, const Args& p, Stage<kTokens> at
   }
 }
 
+// The ring's barriers, set up by one thread of each CTA before cluster_sync.
+template <int kStages>
+__device__ void begin_ring(uint32_t full, uint32_t empty) {
+  for (int i = 0; i < kStages; ++i) {
+    barrier_init(full + i * 8, 1);
+    barrier_init(empty + i * 8, 16);  // every multiplying warp of both CTAs
+  }
+  fence_barrier_init();
+}
+
 template <int kTokens>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     linear_fp8_kernel(const __grid_constant__ CUtensorMap act, const __grid_constant__ CUtensorMap low_rank,
                       const __grid_constant__ CUtensorMap out, const __grid_constant__ Args p) {
-  using S = Shape<kTokens>;
   extern __shared__ uint8_t memory[];
   const Stage<kTokens> at(shared_address(memory));
   const uint32_t rank_in_cluster = cluster_rank();
   const int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < S::kStages; ++i) {
-      barrier_init(at.full + i * 8, 1);
-      barrier_init(at.empty + i * 8, 16);  // every multiplying warp of both CTAs
-    }
-    fence_barrier_init();
+    begin_ring<Shape<kTokens>::kStages>(at.full, at.empty);
     prefetch_map(&act);
   }
   cluster_sync();
-  // The same in all lanes, and the compiler must know: a warpgroup's products may not lie in a divergent branch.
-  const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  const int role = warpgroup();
   if (role == 0) {
     give_registers<40>();
     if (threadIdx.x == 0) fetch<kTokens>(act, low_rank, p, at, cluster, clusters, rank_in_cluster);

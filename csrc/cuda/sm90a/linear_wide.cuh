@@ -8,7 +8,7 @@
 // The two multiplying warpgroups need no turns: while one writes its outputs, the other has the matrix units to itself,
 // as far ahead as the ring of stages lets it run.
 #pragma once
-#include "wgmma_wide.cuh"
+#include "wgmma.cuh"
 #include "widen.cuh"
 
 namespace nibble::sm90a {
@@ -205,24 +205,18 @@ template <int kTokens>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     linear_wide_kernel(const __grid_constant__ CUtensorMap act, const __grid_constant__ CUtensorMap low_rank,
                        const __grid_constant__ CUtensorMap out, const __grid_constant__ Args p) {
-  using S = WideShape<kTokens>;
   extern __shared__ uint8_t memory[];
   const WideStage<kTokens> at(shared_address(memory));
   const uint32_t rank_in_cluster = cluster_rank();
   const int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < S::kStages; ++i) {
-      barrier_init(at.full + i * 8, 1);
-      barrier_init(at.empty + i * 8, 16);  // every multiplying warp of both CTAs
-    }
-    fence_barrier_init();
+    begin_ring<WideShape<kTokens>::kStages>(at.full, at.empty);
     prefetch_map(&act);
     if (p.rank) prefetch_map(&low_rank);
   }
   cluster_sync();
   wait_for_last();
-  // The same in all lanes, and the compiler must know: a warpgroup's products may not lie in a divergent branch.
-  const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  const int role = warpgroup();
   if (role == 0) {
     give_registers<40>();
     if (threadIdx.x == 0) fetch_wide<kTokens>(act, low_rank, p, at, cluster, clusters, rank_in_cluster);

@@ -47,6 +47,21 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// A number that is the same in all lanes of a warp, known to the compiler as such.
+__device__ inline int same_in_warp(unsigned value) {
+  return __shfl_sync(0xffffffffu, static_cast<int>(value), 0);
+}
+
+// This thread's warpgroup: uniform, since a warpgroup's products may not lie in a divergent branch.
+__device__ inline int warpgroup() {
+  return same_in_warp(static_cast<int>(threadIdx.x) / 128);
+}
+
+// This thread's warp in its block.
+__device__ inline int warp_in_block() {
+  return same_in_warp(static_cast<int>(threadIdx.x / 32));
+}
+
 __device__ inline void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

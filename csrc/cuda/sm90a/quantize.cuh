@@ -7,6 +7,7 @@
 // runs beside it.
 #pragma once
 #include "../kernels.h"
+#include "pairs.cuh"
 #include "ptx.cuh"
 
 namespace nibble::sm90a {
@@ -46,27 +47,6 @@ __device__ inline void multiply_16(float (&d)[4], uint32_t a0, uint32_t a1, uint
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ inline void unpack_two(uint32_t word, float& low, float& high) {
-  low = __uint_as_float(word << 16);
-  high = __uint_as_float(word & 0xffff0000u);
-}
-
-__device__ inline uint32_t pack_two(float low, float high) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(v);
-}
-
-__device__ inline void unpack_eight(const uint4& raw, float (&v)[8]) {
-  unpack_two(raw.x, v[0], v[1]);
-  unpack_two(raw.y, v[2], v[3]);
-  unpack_two(raw.z, v[4], v[5]);
-  unpack_two(raw.w, v[6], v[7]);
-}
-
-__device__ inline uint4 pack_eight(const float (&v)[8]) {
-  return {pack_two(v[0], v[1]), pack_two(v[2], v[3]), pack_two(v[4], v[5]), pack_two(v[6], v[7])};
 }
 
 __device__ inline float warp_sum(float v) {
@@ -401,7 +381,7 @@ __global__ void __launch_bounds__(kQuantThreads, 2)
                 pitch,
                 static_cast<int>(clusters),
                 rank,
-                __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0),
+                warp_in_block(),
                 static_cast<int>(blockDim.x / 32),
                 static_cast<int>(threadIdx.x % 32)};
   load_rows(s);

@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
                    rank * slice,
                    clusters,
                    rank,
-                   __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0),
+                   warp_in_block(),
                    static_cast<int>(threadIdx.x % 32)};
   const int first = static_cast<int>(blockIdx.x) / clusters, stride = static_cast<int>(gridDim.x) / clusters;
   if (threadIdx.x == 0) {
