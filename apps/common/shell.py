@@ -15,6 +15,7 @@ from apps.common.columns import Column
 from apps.common.comparison import Comparison
 from apps.common.controls import ASPECTS, Control
 from apps.common.history import History
+from apps.common.mended import mend
 from apps.common.studio import Studio
 
 __all__ = ["Page", "blocks", "build", "furnish", "layout"]
@@ -57,6 +58,7 @@ def build(studio: Studio) -> gr.Blocks:
 
 def blocks(title: str) -> gr.Blocks:
     """An empty page of the suite."""
+    mend()
     return gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(HOUR, 24 * HOUR))
 
 

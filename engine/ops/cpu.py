@@ -10,8 +10,8 @@ from torch import Tensor
 
 from engine.errors import BackendError
 from engine.ops.backends import cpu_kernels, isa_index
-from engine.ops.layout import Spec, parse
 from engine.ops.reference import QuantizedAct
+from engine.ops.spec import Spec, parse
 
 __all__ = ["awq_linear", "linear", "quantize_act", "svdq_linear"]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from engine.errors import ArgumentError, BackendError
 from engine.ops.backends import cuda_kernels
-from engine.ops.layout import Spec
 from engine.ops.reference import QuantizedAct
+from engine.ops.spec import Spec
 
 __all__ = ["check", "kernels", "linear", "norm_quantize", "quantize_act", "svdq_linear"]
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import cpu, cuda, reference, sm80
-from engine.ops.layout import PackedAwq, PackedLinear, Spec, parse, unpack, unpack_awq
+from engine.ops.layout import PackedAwq, PackedLinear, unpack, unpack_awq
 from engine.ops.reference import QuantizedAct
+from engine.ops.spec import Spec, parse
 
 _library = torch.library.Library("nibble", "DEF")
 _library.define("quantize_act(Tensor x, Tensor blob, str spec, str mode) -> (Tensor, Tensor, Tensor)")

@@ -14,8 +14,9 @@ from torch import Tensor
 from engine.ops.canonical import dequantize_awq
 from engine.ops.cpu import DTYPES, MODES
 from engine.ops.cuda import check, kernels
-from engine.ops.layout import PackedAwq, Spec, parse, unpack_awq
+from engine.ops.layout import PackedAwq, unpack_awq
 from engine.ops.reference import QuantizedAct
+from engine.ops.spec import Spec, parse
 
 __all__ = ["awq_linear", "linear", "quantize_act", "svdq_linear"]
 

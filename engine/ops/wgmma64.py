@@ -10,19 +10,89 @@ table, no arithmetic. A code of -8 has no such form.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BLOCK", "GRAIN", "fits", "tile_codes", "tile_scales", "untile_codes", "untile_scales"]
+from engine.ops.canonical import CanonicalLinear, join_nibbles, split_nibbles
+
+if TYPE_CHECKING:
+    from engine.ops.spec import Shapes, Spec
+
+__all__ = ["BLOCK", "GRAIN", "fill", "read", "shapes", "takes", "tile_codes", "tile_scales", "untile_codes",
+           "untile_scales"]  # fmt: skip
 
 BLOCK = 64  # outputs, and inputs, of a block
 GRAIN = 128  # outputs and inputs are padded to multiples of this
 
 
-def fits(nibbles: Tensor) -> bool:
-    """Whether two's complement `nibbles` (N, K) of 0..15 hold no -8."""
-    return not bool((nibbles == 8).any())
+def takes(linear: CanonicalLinear) -> bool:
+    """Whether the tiling can hold `linear`: no code of -8, and a low-rank branch in bfloat16."""
+    if linear.lora_down is not None and linear.lora_down.dtype != torch.bfloat16:
+        return False
+    return linear.kind == "nvfp4" or not bool((split_nibbles(linear.codes) == 8).any())
+
+
+def shapes(spec: Spec) -> Shapes:
+    """Sections in the order of LinearFp8 and QuantizeTarget in csrc/cuda/kernels.h; `smooth` is for the way back."""
+    n, k = (-(-size // GRAIN) * GRAIN for size in (spec.n, spec.k))
+    dtype, nvfp4 = spec.dtype_of, spec.dtype_of["wscales"] == torch.float8_e4m3fn
+    # NVFP4's own factors are for the way back, and so is a row's largest scale without them (with them: row_most).
+    factors = {"wtscale": (1,), "wcscales": (n,)}
+    return {
+        "codes": (torch.uint8, (n // BLOCK, k // BLOCK, 128, 16)),
+        "scales": (dtype["wscales"], (n // BLOCK, k // BLOCK, *((4,) if nvfp4 else ()), BLOCK)),
+        "up": (torch.bfloat16, (n, spec.rank)),
+        "down": (torch.bfloat16, (spec.k // 32, spec.rank // 8, 8, 32)),
+        "inv_smooth": (torch.float32, (spec.k,)),
+        "bias": (torch.float32, (n,)),
+        "row_most": (torch.float32, (n,)),
+        "smooth": (torch.float32, (spec.k,)),
+        **({"raw_most": (torch.float32, (n,))} if nvfp4 else {}),
+        **{name: (dtype[name], shape) for name, shape in factors.items() if name in dtype},
+    }
+
+
+def fill(linear: CanonicalLinear, parts: dict[str, Tensor]) -> None:
+    """Tile every tensor of `linear` into its section, which holds zeros."""
+    nvfp4, most = linear.kind == "nvfp4", linear.wscales.float().abs().amax(1)
+    parts["codes"].copy_(tile_codes(split_nibbles(linear.codes), e2m1=nvfp4))
+    parts["scales"].copy_(tile_scales(linear.wscales))
+    if nvfp4:
+        parts["raw_most"][: linear.n].copy_(most)
+        for name in ("wtscale", "wcscales"):
+            factor = getattr(linear, name)
+            if factor is not None:
+                parts[name][: len(factor)].copy_(factor)
+                most = most * factor.float()
+    parts["row_most"][: linear.n].copy_(most)
+    smooth = torch.ones_like(parts["smooth"]) if linear.smooth is None else linear.smooth.float()
+    parts["smooth"].copy_(smooth)
+    parts["inv_smooth"].copy_(1.0 / smooth)
+    if linear.bias is not None:
+        parts["bias"][: linear.n].copy_(linear.bias)
+    if linear.lora_down is not None and linear.lora_up is not None:
+        parts["up"][: linear.n].copy_(linear.lora_up)
+        # What a warp of the kernel takes at once lies together: eight ranks of 32 inputs.
+        parts["down"].copy_(linear.lora_down.unflatten(0, (-1, 8)).unflatten(2, (-1, 32)).permute(2, 0, 1, 3))
+
+
+def read(spec: Spec, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the canonical form; those that the layer lacks may be among them."""
+    n, k = spec.n, spec.k
+    factors = {name: parts[name][:size] for name, size in (("wtscale", 1), ("wcscales", n)) if name in parts}
+    low_rank = {
+        "lora_up": parts["up"][:n],
+        "lora_down": parts["down"].permute(1, 2, 0, 3).flatten(2).flatten(0, 1),
+    } if spec.rank else {}  # fmt: skip
+    return factors | low_rank | {
+        "codes": join_nibbles(untile_codes(parts["codes"], n, k, e2m1="raw_most" in parts)),
+        "wscales": untile_scales(parts["scales"], n, k),
+        "smooth": parts["smooth"],
+        "bias": parts["bias"][:n],
+    }  # fmt: skip
 
 
 def tile_codes(nibbles: Tensor, e2m1: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine import ops
 from engine.ops.canonical import join_nibbles, split_nibbles
-from engine.ops.layout import parse
+from engine.ops.spec import parse
 from tests.ops.cases import Case, random_awq, random_linear
 
 cases = st.builds(
