@@ -54,17 +54,6 @@ __device__ inline float exp2_fast(float v) {
   return e;
 }
 
-__device__ inline uint32_t pack_e4m3(float a, float b, float c, float d) {
-  uint32_t packed;
-  asm("{\n.reg .b16 low, high;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n}"
-      : "=r"(packed)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return packed;
-}
-
 template <int kGroups>
 __device__ void attention_fetch(const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v,
                                 const AttentionArgs& p, AttentionRing<kGroups> at, int first, int head) {

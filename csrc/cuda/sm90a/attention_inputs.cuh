@@ -12,17 +12,6 @@ namespace nibble::sm90a {
 constexpr int kInputTokens = 128, kInputThreads = 256, kHeadElements = 128;
 constexpr int kValueRow = kInputTokens + 4;  // bytes: the padding spreads a column over the banks
 
-__device__ inline uint32_t pack_four(const float (&v)[4]) {
-  uint32_t packed;
-  asm("{\n.reg .b16 low, high;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n}"
-      : "=r"(packed)
-      : "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]));
-  return packed;
-}
-
 __device__ inline void load_four(const __nv_bfloat16* from, float (&v)[4]) {
   unpack_four(*reinterpret_cast<const uint2*>(from), v);
 }
@@ -73,12 +62,12 @@ __global__ void __launch_bounds__(kInputThreads) attention_inputs_kernel(const _
       norm_and_rotate(q, wq, cosine, sine, p.eps, p.qk_scale);
       norm_and_rotate(k, wk, cosine, sine, p.eps, p.qk_scale);
       const int64_t to = (plane * p.tokens + token) * (kHeadElements / 4) + lane;
-      reinterpret_cast<uint32_t*>(p.q)[to] = pack_four(q);
-      reinterpret_cast<uint32_t*>(p.k)[to] = pack_four(k);
+      reinterpret_cast<uint32_t*>(p.q)[to] = pack_e4m3(q[0], q[1], q[2], q[3]);
+      reinterpret_cast<uint32_t*>(p.k)[to] = pack_e4m3(k[0], k[1], k[2], k[3]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] *= p.v_scale;
     }
-    const uint32_t packed = pack_four(v);
+    const uint32_t packed = pack_e4m3(v[0], v[1], v[2], v[3]);
     const int place = (t & ~31) + value_position(t % 32);
 #pragma unroll
     for (int i = 0; i < 4; ++i) values[(lane * 4 + i) * kValueRow + place] = packed >> (8 * i);

@@ -60,14 +60,7 @@ __device__ inline const uint4* vector_at(const void* base, int64_t element) {
 }
 
 __device__ inline uint32_t four_codes(const float* v, float by) {
-  uint32_t packed;
-  asm("{\n.reg .b16 low, high;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n}"
-      : "=r"(packed)
-      : "f"(v[0] * by), "f"(v[1] * by), "f"(v[2] * by), "f"(v[3] * by));
-  return packed;
+  return pack_e4m3(v[0] * by, v[1] * by, v[2] * by, v[3] * by);
 }
 
 // Where a CTA stands: its tokens, its slice of the inputs, and its rows in shared memory.
