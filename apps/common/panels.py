@@ -11,6 +11,7 @@ from apps.common.app import App
 from apps.common.models import Choice
 from apps.common.pool import Pool
 from engine.models import catalogue
+from engine.models.catalogue import ModelSpec
 from safety import Verdict
 
 __all__ = [
@@ -87,10 +88,16 @@ def banner(choice: Choice, pool: Pool, app: App) -> str:
         facts["Kernels"] = f"{kernels.backend}, {kernels.activation.upper()}"
     chips = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return (
-        f'<div class="nb-banner"><dl class="nb-facts">{chips}</dl>{_loading(pool)}'
+        f'<div class="nb-banner" data-longest="{_longest_upload(choice.spec)}">'
+        f'<dl class="nb-facts">{chips}</dl>{_loading(pool)}'
         f'<details class="nb-why"><summary>Why this model, and how to get others</summary>'
         f"<p>{escape(choice.reason)}</p>{_others(choice, app)}</details></div>"
     )
+
+
+def _longest_upload(spec: ModelSpec) -> int:
+    """Pixels of the longer side to which the page brings a larger picture before it is sent: twice what is painted."""
+    return min(2048, 2 * int(spec.size.high))
 
 
 def _device(engine: object) -> str:

@@ -18,8 +18,9 @@ from apps.redux.run import prepare as prepare_mix
 from engine import RequestError
 from engine.models import catalogue
 from tests.apps.conftest import visit
+from tests.apps.test_browser import text
 from tests.apps.test_rough import EXAMPLE, saved
-from tests.apps.test_visits import SECONDS, picture_of, stroke, upload, write
+from tests.apps.test_visits import SECONDS, picture_of, set_steps, stroke, upload, write
 
 PAIR = EXAMPLE / "pair.png"
 WEIGHTS = {"weight": 1, "second_weight": 1, "third_weight": 1, "image_strength": 1, "prompt_strength": 1}
@@ -191,4 +192,25 @@ def test_an_upload_is_sent_a_few_times_and_one_of_a_cameras_size_smaller(browser
         write(tab, "a red cube")
         tab.locator("#nb-generate").click(no_wait_after=True)
         screenshots.wait_for_both(tab, SECONDS)
-    assert taken == [(2048, 1365)]
+    assert taken == [(1024, 683)]
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", ["depth_canny", "sketch"])
+def test_a_press_of_generate_waits_for_the_picture_just_given(browser, small_house, slug, tmp_path):
+    client, studios = small_house
+    with Image.open(PAIR) as picture:
+        picture.convert("RGB").resize((3000, 2400)).save(tmp_path / "camera.jpg")
+    with visit(browser, client.src, slug=slug) as tab:
+        set_steps(tab, studios[slug], 2)
+        if studios[slug].app.live:
+            tab.locator("#nb-live input").uncheck()
+        write(tab, "a red cube")
+        name = picture_of(slug)
+        tab.locator(f"#nb-{name} canvas").first.wait_for()
+        tab.locator(f"#nb-{name} input[type=file]").first.set_input_files(tmp_path / "camera.jpg")
+        tab.locator("#nb-generate").click(no_wait_after=True)
+        tab.locator("#nb-message p, #nb-slider img").first.wait_for(timeout=1000 * SECONDS)
+        assert text(tab, "#nb-message") == ""
+        assert shown(tab, "#nb-seen img").std() > 10, "the map, or the lines, of that picture and not of an empty page"

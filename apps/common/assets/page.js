@@ -53,12 +53,14 @@
 
   // An editor encodes all of its picture several times over: one of a camera's size is made smaller before it gets there,
   // still larger than any picture that is painted. What cannot be read goes on as it is, and is answered in words.
-  const LONGEST = 2048;
+  const longest = () => Number(document.querySelector("[data-longest]")?.dataset.longest) || 2048;
   const made = new WeakSet();
+  let reducing = 0, given = 0;
   const reduced = async (file) => {
     try {
       const picture = await createImageBitmap(file);
-      const share = LONGEST / Math.max(picture.width, picture.height);
+      given = Date.now();
+      const share = longest() / Math.max(picture.width, picture.height);
       if (share >= 1) return file;
       const page = document.createElement("canvas");
       [page.width, page.height] = [picture.width, picture.height].map((side) => Math.max(1, Math.round(side * share)));
@@ -76,14 +78,17 @@
     if (made.has(event) || !editor || !files?.length) return;
     event.preventDefault();
     event.stopImmediatePropagation();
+    reducing += 1;
     editor.setAttribute("aria-busy", "true");
     Promise.all([...files].map(reduced)).then((smaller) => {
       const held = new DataTransfer();
       smaller.forEach((file) => held.items.add(file));
       const next = again(held);
       made.add(next);
-      editor.removeAttribute("aria-busy");
       event.target.dispatchEvent(next);
+    }).finally(() => {
+      reducing -= 1;
+      editor.removeAttribute("aria-busy");
     });
   };
   window.addEventListener("change", (event) => takeOver(event, event.target.type === "file" && event.target.files, (held) => {
@@ -92,6 +97,45 @@
   }), true);
   window.addEventListener("drop", (event) => takeOver(event, event.dataTransfer?.files, (held) =>
     new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer: held })), true);
+
+  // An editor takes a while to send what it shows. A press of Generate waits for it, or it would paint the picture of
+  // before. A picture that the browser can read is sent for certain; a touch of the editor may have changed nothing.
+  const QUIET = 400, PATIENCE = 20000;
+  let touched = 0, sent = 0, sending = 0, released = false;
+  const send = window.fetch;
+  window.fetch = (...asked) => {
+    if (!String(asked[0]?.url ?? asked[0]).includes("/upload")) return send(...asked);
+    sending += 1;
+    return send(...asked).finally(() => {
+      sending -= 1;
+      sent = Date.now();
+    });
+  };
+  window.addEventListener("pointerup", (event) => {
+    if (event.target.closest?.(".nb-editor")) touched = Date.now();
+  }, true);
+  const hasAll = () => {
+    const now = Date.now();
+    if (reducing || sending || now - Math.max(touched, sent) < QUIET) return false;
+    return sent > given || now - given > PATIENCE;
+  };
+  window.addEventListener("click", (event) => {
+    const button = event.target.closest?.("#nb-generate");
+    if (!button || button.disabled || released || hasAll()) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    if (button.hasAttribute("aria-busy")) return;
+    button.setAttribute("aria-busy", "true");
+    const pressedAt = Date.now();
+    const look = setInterval(() => {
+      if (!hasAll() && Date.now() - pressedAt < 3 * PATIENCE) return;
+      clearInterval(look);
+      button.removeAttribute("aria-busy");
+      released = true;
+      button.click();
+      released = false;
+    }, 50);
+  }, true);
 
   // Gradio's own multi-line box submits on Shift+Enter; people who write prompts press Ctrl+Enter or Cmd+Enter.
   document.addEventListener("keydown", (event) => {
