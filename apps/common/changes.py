@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import gradio as gr
@@ -10,7 +11,7 @@ import gradio as gr
 from apps.common import columns
 from apps.common.runner import Began, Event, Failed, Loads, Stepped, Stopped, Unloaded, Withheld
 
-__all__ = ["head", "kept"]
+__all__ = ["gathered", "head", "kept"]
 
 
 def head(event: Event) -> str:
@@ -30,6 +31,25 @@ def head(event: Event) -> str:
     if isinstance(event, Failed):
         return columns.status(event.precision, "failed", event.text)
     raise TypeError(f"no words for {type(event).__name__}")
+
+
+def gathered(messages: Iterable[dict], seconds: float, clock: Callable[[], float] = time.monotonic) -> Iterator[dict]:
+    """Messages to the page, those of `seconds` joined to one; the last word of each part counts.
+
+    For runs of a single step: a browser on the same machine that draws the first picture takes the processor from the
+    second, which is being timed.
+    """
+    held: dict = {}
+    since = clock()
+    for message in messages:
+        for part, change in message.items():
+            before = held.get(part)
+            held[part] = before | change if _is_update(before) and _is_update(change) else change
+        if clock() - since >= seconds:
+            yield held
+            held, since = {}, clock()
+    if held:
+        yield held
 
 
 def kept(messages: Iterable[dict], shown: dict) -> Iterator[dict]:

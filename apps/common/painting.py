@@ -26,6 +26,8 @@ __all__ = ["DEVICE", "PRIVATE", "Painter", "session", "wire"]
 
 # One name for all that uses the device: Gradio then runs them one at a time, in the order they came.
 DEVICE = "device"
+# Seconds in which the pictures of a run of one step appear together.
+TOGETHER = 0.5
 # Seeds drawn for a visitor stay short enough to read out; a longer one can be typed.
 DRAWN_SEEDS = 1_000_000
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -161,7 +163,7 @@ class Painter:
             return
         yield updates | {self.page.drawn: asked}
         shown: dict = {}
-        yield from changes.kept(self._run(data, request), shown)
+        yield from changes.kept(self._told(data, request), shown)
         yield shown | self.rest()
 
     def run(self, data: dict, request: gr.Request) -> Iterator[dict]:
@@ -171,9 +173,14 @@ class Painter:
         that to the very message, which it may not have shown yet: of two updates in a row the first can get lost.
         """
         shown: dict = {}
-        yield from changes.kept(self._run(data, request), shown)
+        yield from changes.kept(self._told(data, request), shown)
         if any(len(change) > 1 for change in shown.values()):
             yield shown
+
+    def _told(self, data: dict, request: gr.Request) -> Iterator[dict]:
+        """What the run changes; where it has one step, not more often than the eye can follow."""
+        messages = self._run(data, request)
+        return messages if self.studio.app.live is None else changes.gathered(messages, TOGETHER)
 
     def _run(self, data: dict, request: gr.Request) -> Iterator[dict]:
         job = self.studio.desk.claim(session(request))

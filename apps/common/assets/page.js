@@ -104,7 +104,7 @@
   let touched = 0, sent = 0, sending = 0, released = false;
   const send = window.fetch;
   window.fetch = (...asked) => {
-    if (!String(asked[0]?.url ?? asked[0]).includes("/upload")) return send(...asked);
+    if (!/\/upload(\?|$)/.test(String(asked[0]?.url ?? asked[0]))) return send(...asked);
     sending += 1;
     return send(...asked).finally(() => {
       sending -= 1;
