@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import RequestError
 from engine.models.catalogue import ModelSpec, Range
-from engine.placing import place
+from engine.placing import writing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -152,14 +150,8 @@ class Result:
         path = Path(path)
         info = PngInfo()
         info.add_itxt(METADATA_KEY, json.dumps(self.settings(own), ensure_ascii=False))
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                self.image.save(file, format="PNG", pnginfo=info)
-            place(Path(partial), path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        with writing(path) as file:
+            self.image.save(file, format="PNG", pnginfo=info)
         return path
 
 

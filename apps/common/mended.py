@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from pathlib import Path
 
 from gradio import processing_utils
 from PIL import Image
 from starlette.requests import ClientDisconnect
+
+from engine.placing import writing
 
 __all__ = ["mend", "save_whole"]
 
@@ -29,9 +30,8 @@ def save_whole(img: Image.Image, cache_dir: str, name: str = "image", format: st
     folder = Path(cache_dir) / processing_utils.hash_bytes(data)
     folder.mkdir(parents=True, exist_ok=True)
     path = (folder / f"{name}.{format}").resolve()
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=name, suffix=".partial", delete=False) as partial:
-        partial.write(data)
-    Path(partial.name).replace(path)
+    with writing(path) as file:
+        file.write(data)
     return str(path)
 
 

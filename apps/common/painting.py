@@ -178,7 +178,7 @@ class Painter:
             yield shown
 
     def _told(self, data: dict, request: gr.Request) -> Iterator[dict]:
-        """What the run changes; where it has one step, not more often than the eye can follow."""
+        """What the run changes; of a run of one step all that comes within TOGETHER in one message."""
         messages = self._run(data, request)
         return messages if self.studio.app.live is None else changes.gathered(messages, TOGETHER)
 

@@ -117,15 +117,14 @@ def _spec_of(family: str, weight: CanonicalLinear | AwqWeight, backend: str, dty
 
 def _filled(weight: CanonicalLinear | AwqWeight, spec: Spec) -> Tensor:
     blob = torch.zeros(spec.nbytes, dtype=torch.uint8, device=weight.codes.device)
-    spec.tiling.fill(weight, {name: section.of(blob) for name, section in spec.sections.items()})
+    spec.tiling.fill(weight, spec.views(blob))
     return blob
 
 
 def _read(packed: _Packed) -> dict[str, Tensor]:
     """Tensors of the canonical form by name, each in its own memory and dtype."""
     spec = packed.spec
-    parts = {name: section.of(packed.blob) for name, section in spec.sections.items()}
-    found = spec.tiling.read(spec, parts)
+    found = spec.tiling.read(spec, spec.views(packed.blob))
     return {
         name: found[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
         for name, dtype in spec.dtype_of.items()

@@ -91,6 +91,10 @@ class Spec:
             offset = sections[name].end
         return sections
 
+    def views(self, blob: Tensor) -> dict[str, Tensor]:
+        """Every section of `blob` by name."""
+        return {name: section.of(blob) for name, section in self.sections.items()}
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the buffer."""

@@ -83,16 +83,14 @@ def read(spec: Spec, parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the canonical form; those that the layer lacks may be among them."""
     n, k = spec.n, spec.k
     factors = {name: parts[name][:size] for name, size in (("wtscale", 1), ("wcscales", n)) if name in parts}
-    low_rank = {
-        "lora_up": parts["up"][:n],
-        "lora_down": parts["down"].permute(1, 2, 0, 3).flatten(2).flatten(0, 1),
-    } if spec.rank else {}  # fmt: skip
-    return factors | low_rank | {
+    return factors | {
         "codes": join_nibbles(untile_codes(parts["codes"], n, k, e2m1="raw_most" in parts)),
         "wscales": untile_scales(parts["scales"], n, k),
         "smooth": parts["smooth"],
+        "lora_up": parts["up"][:n],
+        "lora_down": parts["down"].permute(1, 2, 0, 3).flatten(2).flatten(0, 1),
         "bias": parts["bias"][:n],
-    }  # fmt: skip
+    }
 
 
 def tile_codes(nibbles: Tensor, e2m1: bool = False) -> Tensor:

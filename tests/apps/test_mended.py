@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,8 @@ def test_a_picture_lies_where_gradio_would_put_it(tmp_path):
     path = mended.save_whole(picture, str(tmp_path), "photo", "png")
     data = processing_utils.encode_pil_to_bytes(picture, "png")
     assert path == str((tmp_path / processing_utils.hash_bytes(data) / "photo.png").resolve())
+    (tmp_path / "ordinary").touch()
+    assert Path(path).stat().st_mode == (tmp_path / "ordinary").stat().st_mode, "another user's web server can read it"
 
 
 @pytest.mark.parametrize(("error", "told"), [(ClientDisconnect(), False), (ValueError("wrong"), True), (None, True)])

@@ -20,7 +20,7 @@ from engine.models import catalogue
 from tests.apps.conftest import visit
 from tests.apps.test_browser import text
 from tests.apps.test_rough import EXAMPLE, saved
-from tests.apps.test_visits import SECONDS, picture_of, set_steps, stroke, upload, write
+from tests.apps.test_visits import SECONDS, give, picture_of, set_steps, stroke, upload, write
 
 PAIR = EXAMPLE / "pair.png"
 WEIGHTS = {"weight": 1, "second_weight": 1, "third_weight": 1, "image_strength": 1, "prompt_strength": 1}
@@ -207,9 +207,7 @@ def test_a_press_of_generate_waits_for_the_picture_just_given(browser, small_hou
         if studios[slug].app.live:
             tab.locator("#nb-live input").uncheck()
         write(tab, "a red cube")
-        name = picture_of(slug)
-        tab.locator(f"#nb-{name} canvas").first.wait_for()
-        tab.locator(f"#nb-{name} input[type=file]").first.set_input_files(tmp_path / "camera.jpg")
+        give(tab, slug, tmp_path / "camera.jpg")
         tab.locator("#nb-generate").click(no_wait_after=True)
         tab.locator("#nb-message p, #nb-slider img").first.wait_for(timeout=1000 * SECONDS)
         assert text(tab, "#nb-message") == ""

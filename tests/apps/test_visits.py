@@ -27,12 +27,17 @@ def picture_of(slug: str) -> str:
     return "canvas" if slug in ("sketch", "fill") else "picture"
 
 
-def upload(tab, slug: str, file: Any) -> None:
-    """Give the app's picture and wait until the page shows it."""
+def give(tab, slug: str, file: Any) -> None:
+    """Give the app's picture."""
     name = picture_of(slug)
     # An editor takes nothing before it is there.
     tab.locator(f"#nb-{name} canvas").first.wait_for()
     tab.locator(f"#nb-{name} input[type=file]").first.set_input_files(file)
+
+
+def upload(tab, slug: str, file: Any) -> None:
+    """Give the app's picture and wait until the page shows it."""
+    give(tab, slug, file)
     screenshots.wait_for_quiet(tab)
 
 

@@ -48,8 +48,8 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
 }
 
 // A number that is the same in all lanes of a warp, known to the compiler as such.
-__device__ inline int same_in_warp(unsigned value) {
-  return __shfl_sync(0xffffffffu, static_cast<int>(value), 0);
+__device__ inline int same_in_warp(int value) {
+  return __shfl_sync(0xffffffffu, value, 0);
 }
 
 // This thread's warpgroup: uniform, since a warpgroup's products may not lie in a divergent branch.
