@@ -98,9 +98,7 @@ Status quantize_fp8_sm90a(const QuantizeFp8& p, void* stream) {
   const int size = p.form == kStreaming ? 0 : resident_size(p), held = size ? resident_clusters(size) : 0;
   if (held) {
     const int64_t waves = divide_up(p.m, int64_t{held} * kResidentTokens);
-    // Measured: it pays for long rows with a branch, where `down` would be read from L2 again and again.
-    const bool pays = waves > 2 && size == 8 && p.target[0].rank > 0;
-    if (p.form == kResident || pays) return launch_resident(p, size, held, waves, stream);
+    if (p.form == kResident || waves > 1) return launch_resident(p, size, held, waves, stream);
   }
   while (!p.scale && clusters < 8 && p.k / clusters > 3200 && p.k / clusters % 64 == 0) clusters *= 2;
   const int64_t slice = p.k / clusters;
