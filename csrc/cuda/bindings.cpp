@@ -33,30 +33,46 @@ Status dequantize(uintptr_t codes, uintptr_t scales, uintptr_t out, int64_t n, i
              at<void>(stream));
 }
 
-// Addresses and sizes come as tuples in the order of the struct's members: fewer arguments, the same cost.
+// Addresses and sizes come as tuples in the order of the struct's members: fewer arguments, the same cost. A gate: its
+// address, the stride of its rows, tokens for each of them. Heads: addresses of angles, norm_q and norm_k, how many
+// heads, tokens of a sample, the first one's position; then epsilon.
+using Gate = std::optional<std::array<int64_t, 3>>;
+using Heads = std::optional<std::pair<std::array<int64_t, 6>, float>>;
+
 Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 6>& sizes, int scale_dtype, int y_dtype,
-                  bool gelu, int tile, uintptr_t stream) {
-  return linear_fp8_sm90a({at<const uint8_t>(a[0]),
-                           at<const uint16_t>(a[1]),
-                           at<const float>(a[2]),
-                           at<const uint16_t>(a[3]),
-                           at<const float>(a[4]),
-                           at<const uint8_t>(a[5]),
-                           at<const float>(a[6]),
-                           at<const uint16_t>(a[7]),
-                           at<void>(a[8]),
-                           sizes[0],
-                           sizes[1],
-                           sizes[2],
-                           sizes[3],
-                           sizes[4],
-                           sizes[5],
-                           DType(scale_dtype),
-                           DType(y_dtype),
-                           gelu,
-                           tile,
-                           at<const uint8_t>(a[9])},
-                          at<void>(stream));
+                  bool gelu, int tile, const Gate& gate, const Heads& heads, uintptr_t stream) {
+  LinearFp8 p{
+      at<const uint8_t>(a[0]),
+      at<const uint16_t>(a[1]),
+      at<const float>(a[2]),
+      at<const uint16_t>(a[3]),
+      at<const float>(a[4]),
+      at<const uint8_t>(a[5]),
+      at<const float>(a[6]),
+      at<const uint16_t>(a[7]),
+      at<void>(a[8]),
+      sizes[0],
+      sizes[1],
+      sizes[2],
+      sizes[3],
+      sizes[4],
+      sizes[5],
+      DType(scale_dtype),
+      DType(y_dtype),
+      gelu,
+      tile,
+      at<const uint8_t>(a[9]),
+  };
+  p.tokens_per_sample = p.m;
+  if (gate) p.gate = at<const uint16_t>((*gate)[0]), p.gate_stride = (*gate)[1], p.tokens_per_sample = (*gate)[2];
+  if (heads) {
+    const auto& [parts, eps] = *heads;
+    p.angles = at<const float>(parts[0]), p.norm_q = at<const uint16_t>(parts[1]),
+    p.norm_k = at<const uint16_t>(parts[2]);
+    p.heads = static_cast<int>(parts[3]), p.tokens_per_sample = parts[4], p.first_position = static_cast<int>(parts[5]);
+    p.eps = eps;
+  }
+  return linear_fp8_sm90a(p, at<void>(stream));
 }
 
 // Addresses and sizes in the order of the struct's members.
@@ -144,12 +160,12 @@ Status awq_linear(const std::array<uintptr_t, 4>& parts, const std::array<int64_
 }
 
 // Addresses in the order of the struct's members; sizes: batch, heads, tokens, text tokens.
-Status rotate_heads(const std::array<uintptr_t, 11>& a, const std::array<int, 4>& sizes, float eps, uintptr_t stream) {
+Status rotate_heads(const std::array<uintptr_t, 10>& a, const std::array<int, 4>& sizes, float eps, uintptr_t stream) {
   const int64_t stride = int64_t{3} * sizes[1] * 128;
   return rotate_heads_sm80(
       {at<const void>(a[0]), at<const void>(a[1]), at<const void>(a[2]), at<const void>(a[3]), at<const void>(a[4]),
-       at<const void>(a[5]), at<const float>(a[6]), at<const float>(a[7]), at<void>(a[8]), at<void>(a[9]),
-       at<void>(a[10]), stride, stride, sizes[0], sizes[1], sizes[2], sizes[3], eps},
+       at<const void>(a[5]), at<const float>(a[6]), at<void>(a[7]), at<void>(a[8]), at<void>(a[9]), stride, stride,
+       sizes[0], sizes[1], sizes[2], sizes[3], eps},
       at<void>(stream));
 }
 

@@ -37,6 +37,17 @@ struct LinearFp8 {
   bool gelu;            // y = gelu(y), tanh form
   int tile;             // tokens of a tile: 64, 128 or 176 (128, 192, 224 or 256 where `wide` is given); 0 chooses
   const uint8_t* wide;  // what widen_fp8_sm90a wrote, on a 128-byte border, or null: pays for many tokens
+  // Where given, y += gate * (what else were y): gate (samples,n_valid) bf16, rows gate_stride elements apart, one for
+  // each tokens_per_sample tokens. y is bf16 then, and n_valid a multiple of 8.
+  const uint16_t* gate;
+  int64_t gate_stride, tokens_per_sample;
+  // Where given, y are queries, keys and values of so many heads of 128 (n_valid = 384 heads), bf16; queries and keys
+  // get their RMS norm (weights (128) bf16) and are turned by their token's angles. angles: (positions,64,2) fp32, the
+  // cosine and sine of each pair; a sample's first token has position first_position.
+  const float* angles;
+  const uint16_t *norm_q, *norm_k;
+  float eps;
+  int heads, first_position;
 };
 
 // wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; behind them the low-rank branch divided
@@ -115,13 +126,13 @@ struct LinearAttention {
 };
 
 // What 16-bit attention reads, from the projections of a joint sequence: text tokens first, then the picture's. A row
-// of text or picture is q, k, v of all heads (3 * heads * 128 bf16), rows `stride` elements apart; cosine, sine
-// (tokens,128). q, k, v: (batch, tokens, heads, 128) bf16, q and k after RMS norm and rotation; v may be null, where it
-// is not wanted.
+// of text or picture is q, k, v of all heads (3 * heads * 128 bf16), rows `stride` elements apart; angles (tokens,64,2)
+// as in LinearFp8. q, k, v: (batch, tokens, heads, 128) bf16, q and k after RMS norm and rotation; v may be null, where
+// it is not wanted.
 struct RotateHeads {
   const void *text, *picture;
   const void *norm_q, *norm_k, *text_norm_q, *text_norm_k;
-  const float *cosine, *sine;
+  const float* angles;
   void *q, *k, *v;
   int64_t text_stride, picture_stride;
   int batch, heads, tokens, text_tokens;

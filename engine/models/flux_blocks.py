@@ -17,8 +17,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from engine import ops
-from engine.models.normed import normed
+from engine.models.normed import Projection, added, heads, normed, owns_stream
 
 __all__ = ["FusedDoubleBlock", "FusedSingleBlock", "fuse_blocks", "unfuse_blocks"]
 
@@ -42,9 +41,9 @@ class FusedSingleBlock(FluxSingleTransformerBlock):
         text, x = encoder_hidden_states.shape[1], _joined(encoder_hidden_states, hidden_states)
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
         qkv, mlp = normed(x, scale, shift, self.norm.norm, self.attn.to_qkv, self.proj_mlp)
-        attended = _attend(self.attn, qkv, None, image_rotary_emb)
+        attended = _attend(self.attn, [qkv], image_rotary_emb)
         out: Any = self.proj_out
-        x = ops.gated_add(x, gate, out.attn(attended), out.mlp(self.act_mlp(mlp)))
+        x = added(x, gate, owns_stream(self), (out.attn, attended), (out.mlp, self.act_mlp(mlp.value())))
         if x.dtype == torch.float16:
             x = x.clip(-65504, 65504)
         return x[:, :text], x[:, text:]
@@ -67,12 +66,12 @@ class FusedDoubleBlock(FluxTransformerBlock):
         attn, length = self.attn, encoder_hidden_states.shape[1]
         picture, text = (norm.linear(norm.silu(temb)).chunk(6, dim=1) for norm in (self.norm1, self.norm1_context))
         (qkv,) = normed(hidden_states, picture[1], picture[0], self.norm1.norm, attn.to_qkv)
-        (added,) = normed(encoder_hidden_states, text[1], text[0], self.norm1_context.norm, attn.to_added_qkv)
-        attended = _attend(attn, qkv, added, image_rotary_emb)
+        (words,) = normed(encoder_hidden_states, text[1], text[0], self.norm1_context.norm, attn.to_added_qkv)
+        attended = _attend(attn, [words, qkv], image_rotary_emb)
         seen, read = attended[:, length:], attended[:, :length]
-        hidden_states = ops.gated_add(hidden_states, picture[2], attn.to_out[0](seen.contiguous()))
+        hidden_states = added(hidden_states, picture[2], owns_stream(self), (attn.to_out[0], seen.contiguous()))
         hidden_states = _feed(self.ff, self.norm2, hidden_states, picture)
-        x = ops.gated_add(encoder_hidden_states, text[2], attn.to_add_out(read.contiguous()))
+        x = added(encoder_hidden_states, text[2], owns_stream(self), (attn.to_add_out, read.contiguous()))
         x = _feed(self.ff_context, self.norm2_context, x, text)
         if x.dtype == torch.float16:
             x = x.clip(-65504, 65504)
@@ -97,16 +96,19 @@ def _plain(attn: Any) -> bool:
 
 
 def _feed(ff: Any, norm: nn.LayerNorm, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
-    """A stream (B, M, D) with its feed-forward network added; modulation is shift, scale, gate (B, D) twice."""
+    """A stream (B, M, D) of the block's own with its feed-forward network added.
+
+    modulation is shift, scale, gate (B, D) twice.
+    """
     activation, _, out = ff.net
     (y,) = normed(x, modulation[4], modulation[3], norm, activation.proj)
-    return ops.gated_add(x, modulation[5], out(activation.gelu(y)))
+    return added(x, modulation[5], True, (out, activation.gelu(y.value())))
 
 
-def _attend(attn: Any, qkv: Tensor, text: Tensor | None, rotary: Rotary) -> Tensor:
-    """Attention of a joint sequence: qkv (B, M, 3 D) and text (B, L, 3 D) before it, if any -> (B, L + M, D)."""
-    norms = [attn.norm_q, attn.norm_k] + ([attn.norm_added_q, attn.norm_added_k] if text is not None else [])
-    query, key, value = ops.rotate_heads(qkv, text, [norm.weight for norm in norms], *rotary, norms[0].eps)
+def _attend(attn: Any, projections: list[Projection], rotary: Rotary) -> Tensor:
+    """Attention of a joint sequence: text (B, L, 3 D), if any, and picture (B, M, 3 D) -> (B, L + M, D)."""
+    norms = [attn.norm_q, attn.norm_k] + ([attn.norm_added_q, attn.norm_added_k] if len(projections) == 2 else [])
+    query, key, value = heads(projections, norms, rotary)
     out: Any = dispatch_attention_fn(query, key, value, backend=attn.processor._attention_backend)
     return out.flatten(2, 3).to(query.dtype)
 

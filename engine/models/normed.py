@@ -1,23 +1,84 @@
-"""The norm before a block's linears, taken along into their quantization where a kernel does that."""
+"""What stands beside a block's linears, taken along into their kernels: the norm before, what follows behind."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from engine import ops
 from engine.linear import SVDQuantLinear
 
-__all__ = ["normed"]
+__all__ = ["Projection", "added", "heads", "normed", "owns_stream"]
 
 
-def normed(x: Tensor, scale: Tensor, shift: Tensor, norm: nn.LayerNorm, *layers: nn.Module) -> list[Tensor]:
+class Projection(NamedTuple):
+    """A layer's output that is not multiplied out yet: what follows may be taken along into its kernel."""
+
+    layer: Any
+    tokens: Any  # (B, M, D), or what ops.norm_quantize made of them
+    batch: int
+    dtype: torch.dtype
+
+    def value(self) -> Tensor:
+        """The output (B, M, N)."""
+        if isinstance(self.tokens, Tensor):
+            return self.layer(self.tokens)
+        return self.layer.multiply(self.tokens, self.dtype).unflatten(0, (self.batch, -1))
+
+
+def normed(x: Tensor, scale: Tensor, shift: Tensor, norm: nn.LayerNorm, *layers: nn.Module) -> list[Projection]:
     """Each layer's output for norm(x) * (1 + scale) + shift; x (B, M, D), scale and shift (B, D)."""
     if all(isinstance(layer, SVDQuantLinear) and layer.backend == "sm90a" for layer in layers):
         quantized: Any = layers
         acts = ops.norm_quantize(x, scale, shift, norm.eps, [layer.packed for layer in quantized], quantized[0].mode)
-        outs = [layer.multiply(act, x.dtype) for layer, act in zip(quantized, acts, strict=True)]
-        return [out.view(*x.shape[:-1], -1) for out in outs]
+        return [Projection(layer, act, len(x), x.dtype) for layer, act in zip(quantized, acts, strict=True)]
     normed = norm(x) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-    return [layer(normed) for layer in layers]
+    return [Projection(layer, normed, len(x), x.dtype) for layer in layers]
+
+
+def heads(
+    projections: Sequence[Projection], norms: Sequence[Any], rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value (B, T, H, D) of a joint sequence, text first: ops.rotate_heads of the projections.
+
+    projections: of the text, if any, and of the picture; norms: of query and key of the picture, then of the text.
+    """
+    weights, eps, picture = [norm.weight for norm in norms], norms[0].eps, projections[-1]
+    layers, batch = [projection.layer for projection in projections], picture.batch
+    if all(_bare(layer) and not isinstance(one.tokens, Tensor) for one, layer in zip(projections, layers, strict=True)):
+        packed = [layer.packed for layer in layers]
+        if ops.projects_heads(packed, rotary[0], picture.dtype, batch):
+            acts = [projection.tokens for projection in projections]
+            return ops.project_heads(acts, packed, weights, *rotary, eps, batch)
+    text = projections[0].value() if len(projections) == 2 else None
+    return ops.rotate_heads(picture.value(), text, weights, *rotary, eps)
+
+
+def added(x: Tensor, gate: Tensor, owned: bool, *branches: tuple[nn.Module, Tensor]) -> Tensor:
+    """x + gate * (the sum of each layer's output for its input); x (B, M, D), gate (B, D).
+
+    An `owned` x is one that nobody else reads: it is changed in place where a kernel does that.
+    """
+    layers: list[Any] = [layer for layer, _ in branches]
+    fit = all(_bare(layer) and ops.adds_at_once(x, gate, layer.packed) for layer in layers)
+    if owned and fit and not torch.compiler.is_compiling():
+        for layer, (_, y) in zip(layers, branches, strict=True):
+            ops.add_linear_(x, gate, y, layer.packed, layer.mode)
+        return x
+    return ops.gated_add(x, gate, *(layer(y) for layer, y in branches))
+
+
+def _bare(layer: nn.Module) -> bool:
+    """Whether a layer is no more than its packed weights: no GELU, LoRA's scales or hooks, which `forward` sees to."""
+    if not isinstance(layer, SVDQuantLinear) or layer.gelu or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    return layer.branch_scale is None and layer.bias_delta is None
+
+
+def owns_stream(block: nn.Module) -> bool:
+    """Whether a block may change what it is given: a plain step, in which no hook looks at it."""
+    hooked = block._forward_hooks or block._forward_pre_hooks or hasattr(block, "_diffusers_hook")
+    return not hooked and not torch.is_grad_enabled()

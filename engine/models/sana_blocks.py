@@ -13,7 +13,7 @@ from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0,
 from torch import Tensor
 
 from engine import ops
-from engine.models.normed import normed
+from engine.models.normed import added, normed, owns_stream
 from engine.models.sana import ChannelsLastGLU, LinearAttention
 
 __all__ = ["FusedSanaBlock", "fuse_blocks", "unfuse_blocks"]
@@ -41,12 +41,13 @@ class FusedSanaBlock(SanaTransformerBlock):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(1)
         attn: Any = self.attn1
         (qkv,) = normed(hidden_states, scale, shift, self.norm1, attn.to_qkv)
-        x = ops.gated_add(hidden_states, gate, attn.to_out[0](ops.linear_attention(qkv, attn.heads)))
+        attended = ops.linear_attention(qkv.value(), attn.heads)
+        x = added(hidden_states, gate, owns_stream(self), (attn.to_out[0], attended))
         x = _cross(self.attn2, x, encoder_hidden_states, encoder_attention_mask) + x
         ff: Any = self.ff
         (wide,) = normed(x, ff_scale, ff_shift, self.norm2, ff.conv_inverted)
-        narrow = ff.between(wide.unflatten(1, (height, width))).flatten(1, 2)
-        return ops.gated_add(x, ff_gate, ff.conv_point(narrow))
+        narrow = ff.between(wide.value().unflatten(1, (height, width))).flatten(1, 2)
+        return added(x, ff_gate, True, (ff.conv_point, narrow))
 
 
 def _plain(block: Any) -> bool:

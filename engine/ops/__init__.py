@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import ArgumentError
-from engine.ops import backends, schema
+from engine.ops import backends, cuda, schema
 from engine.ops.canonical import AwqWeight, CanonicalLinear, dequantize, dequantize_awq
+from engine.ops.heads import project_heads, projects_heads, rotate_heads
 from engine.ops.layout import PackedAwq, PackedLinear, pack, pack_awq, unpack, unpack_awq
-from engine.ops.passes import gated_add, rotate_heads
+from engine.ops.passes import gated_add
 from engine.ops.reference import GELU_SHIFT, MODES, QuantizedAct
 from engine.ops.sana import depthwise_glu, linear_attention
 
@@ -30,6 +31,8 @@ __all__ = [
     "PackedAwq",
     "PackedLinear",
     "QuantizedAct",
+    "add_linear_",
+    "adds_at_once",
     "awq_linear",
     "backends",
     "depthwise_glu",
@@ -41,6 +44,8 @@ __all__ = [
     "norm_quantize",
     "pack",
     "pack_awq",
+    "project_heads",
+    "projects_heads",
     "quantize_act",
     "rotate_heads",
     "schema",
@@ -54,6 +59,7 @@ _quantize_act = torch.ops.nibble.quantize_act.default
 _norm_quantize = torch.ops.nibble.norm_quantize.default
 _linear = torch.ops.nibble.linear.default
 _svdq_linear = torch.ops.nibble.svdq_linear.default
+_add_linear = torch.ops.nibble.add_linear_.default
 _awq_linear = torch.ops.nibble.awq_linear.default
 
 
@@ -132,6 +138,27 @@ def svdq_linear(x: Tensor, packed: PackedLinear, mode: str, gelu: bool = False) 
     _check_tokens(x, packed)
     _check_mode(mode, packed.backend)
     return _svdq_linear(x, packed.blob, packed.spec.key, mode, gelu)
+
+
+def add_linear_(x: Tensor, gate: Tensor, y: Tensor, packed: PackedLinear, mode: str) -> None:
+    """x += gate * svdq_linear(y, packed, mode) in place: x (B, T, N), gate (B, N), y (B, T, K).
+
+    On sm90a the product is added where it is written, without a pass of its own. Raises ArgumentError and BackendError
+    as quantize_act does.
+    """
+    _check_tokens(y, packed)
+    _check_mode(mode, packed.backend)
+    for name, value, shape in (("x", x, (*y.shape[:-1], packed.n)), ("gate", gate, (len(y), packed.n))):
+        if y.dim() != 3 or tuple(value.shape) != shape:
+            raise ArgumentError(
+                f"{name}: expected {shape} beside y of (B, T, K) and N = {packed.n}, got {tuple(value.shape)}"
+            )
+    _add_linear(x, gate, y, packed.blob, packed.spec.key, mode)
+
+
+def adds_at_once(x: Tensor, gate: Tensor, packed: PackedLinear) -> bool:
+    """Whether add_linear_ takes no pass of its own over x (B, T, N) and gate (B, N)."""
+    return packed.backend == "sm90a" and cuda.can_add(x, gate)
 
 
 def awq_linear(x: Tensor, packed: PackedAwq) -> Tensor:

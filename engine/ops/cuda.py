@@ -6,7 +6,7 @@ Backend "sm90a" (H100, H200): W4A8 with e4m3 tokens (mode "fp8"). sm80.py calls 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,34 @@ from engine.ops.backends import cuda_kernels
 from engine.ops.reference import QuantizedAct
 from engine.ops.spec import Spec
 
-__all__ = ["check", "kernels", "linear", "norm_quantize", "quantize_act", "svdq_linear"]
+__all__ = [
+    "Heads",
+    "add_linear_",
+    "can_add",
+    "check",
+    "kernels",
+    "linear",
+    "linear_heads_",
+    "norm_quantize",
+    "quantize_act",
+    "svdq_linear",
+]
 
 # From so many tokens on a product is faster with weights that were widened to 8 bits first (csrc/cuda/sm90a/widen.cuh).
 WIDE_FROM = 1024
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum DType in csrc/ops.h
+
+
+class Heads(NamedTuple):
+    """What becomes of queries and keys where they are projected: members of LinearFp8 in csrc/cuda/kernels.h."""
+
+    angles: Tensor  # (positions, 64, 2) float32
+    norm_q: Tensor  # (128) bfloat16
+    norm_k: Tensor
+    eps: float
+    heads: int
+    tokens: int  # of a sample
+    first: int  # position of a sample's first token
 
 
 def kernels() -> Any:
@@ -103,11 +126,17 @@ def _widen(act: QuantizedAct, blob: Tensor, spec: Spec) -> Tensor:
 
 def _multiply(
     act: QuantizedAct, wide: Tensor, blob: Tensor, spec: Spec, out_dtype: torch.dtype,
-    *, gelu: bool = False, tile: int = 0,
+    *, gelu: bool = False, tile: int = 0, out: Tensor | None = None, gate: Tensor | None = None,
+    heads: Heads | None = None,
 ) -> Tensor:  # fmt: skip
+    """y (M, N), in `out` where that is given; with a gate (B, N), out (B, T, N) += gate * y."""
     codes, scales, low_rank = act
     parts, m = spec.sections, codes.shape[0]
-    y = torch.empty((m, spec.n), dtype=out_dtype, device=codes.device)
+    y = torch.empty((m, spec.n), dtype=out_dtype, device=codes.device) if out is None else out
+    gates = None if gate is None else (gate.data_ptr(), gate.stride(0), y.shape[1])
+    turned = None
+    if heads is not None:
+        turned = (*(part.data_ptr() for part in heads[:3]), *heads[4:]), heads.eps
     base = blob.data_ptr()
     weights = tuple(base + parts[name].offset for name in ("codes", "scales", "row_most", "up", "bias"))
     blocks = parts["codes"].shape
@@ -117,7 +146,7 @@ def _multiply(
     with torch.cuda.device(codes.device):
         stream = torch.cuda.current_stream().cuda_stream
         types = _scale_dtype(spec), DTYPES[out_dtype]
-        check(kernels().linear_fp8_sm90a(addresses, sizes, *types, gelu, tile, stream))
+        check(kernels().linear_fp8_sm90a(addresses, sizes, *types, gelu, tile, gates, turned, stream))
     return y
 
 
@@ -152,3 +181,22 @@ def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str, gelu: bool = Fal
     _only_fp8(mode)
     y = linear(_quantize(x, [(blob, spec)])[0], blob, spec, x.dtype, gelu)
     return y.view(*x.shape[:-1], spec.n)
+
+
+def can_add(x: Tensor, gate: Tensor) -> bool:
+    """Whether add_linear_ takes x and gate: a tile of tokens must have one sample's gates."""
+    whole = x.dtype == gate.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[2] % 8 == 0
+    return whole and gate.stride(1) == 1 and (x.shape[0] == 1 or x.shape[1] % 128 == 0)
+
+
+def add_linear_(x: Tensor, gate: Tensor, y: Tensor, blob: Tensor, spec: Spec, mode: str) -> None:
+    """x (B, T, N) += gate (B, N) * linear(y (B, T, K)), both bfloat16; the product is rounded, then the sum."""
+    _only_fp8(mode)
+    act = _quantize(y, [(blob, spec)])[0]
+    _multiply(act, _widen(act, blob, spec), blob, spec, torch.bfloat16, out=x, gate=gate)
+
+
+def linear_heads_(out: Tensor, act: QuantizedAct, blob: Tensor, spec: Spec, heads: Heads) -> None:
+    """out (B, T, 3 H 128) <- queries, keys and values of B T tokens; of many samples, dense."""
+    act = act._replace(low_rank=act.low_rank.to(torch.bfloat16))
+    _multiply(act, _widen(act, blob, spec), blob, spec, torch.bfloat16, out=out, heads=heads)

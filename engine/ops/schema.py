@@ -27,6 +27,7 @@ _library.define(
     "norm_quantize(Tensor x, Tensor scale, Tensor shift, float eps, Tensor[] blobs, str[] specs, str mode) -> Tensor[]"
 )
 _library.define("svdq_linear(Tensor x, Tensor blob, str spec, str mode, bool gelu=False) -> Tensor")
+_library.define("add_linear_(Tensor(a!) x, Tensor gate, Tensor y, Tensor blob, str spec, str mode) -> ()")
 _library.define("awq_linear(Tensor x, Tensor blob, str spec) -> Tensor")
 
 
@@ -84,6 +85,14 @@ def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str, gelu: bool = Fal
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
+def _add_linear(x: Tensor, gate: Tensor, y: Tensor, blob: Tensor, spec: str, mode: str) -> None:
+    parsed = parse(spec)
+    if parsed.backend == "sm90a" and cuda.can_add(x, gate):
+        cuda.add_linear_(x, gate, y, blob, parsed, mode)
+    else:
+        x.copy_(torch.ops.nibble.gated_add.default(x, gate, _svdq_linear(y, blob, spec, mode)))
+
+
 def _awq_linear(x: Tensor, blob: Tensor, spec: str) -> Tensor:
     parsed = parse(spec)
     if parsed.backend != "reference":
@@ -94,7 +103,7 @@ def _awq_linear(x: Tensor, blob: Tensor, spec: str) -> Tensor:
 
 for _name, _run in (
     ("quantize_act", _quantize_act), ("norm_quantize", _norm_quantize), ("linear", _linear),
-    ("svdq_linear", _svdq_linear), ("awq_linear", _awq_linear)
+    ("svdq_linear", _svdq_linear), ("add_linear_", _add_linear), ("awq_linear", _awq_linear)
 ):  # fmt: skip
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _run, _key)
@@ -133,6 +142,11 @@ def _(
 @torch.library.register_fake("nibble::svdq_linear", lib=_library)
 def _(x: Tensor, blob: Tensor, spec: str, mode: str, gelu: bool = False) -> Tensor:
     return x.new_empty((*x.shape[:-1], parse(spec).n))
+
+
+@torch.library.register_fake("nibble::add_linear_", lib=_library)
+def _(x: Tensor, gate: Tensor, y: Tensor, blob: Tensor, spec: str, mode: str) -> None:
+    return None
 
 
 @torch.library.register_fake("nibble::awq_linear", lib=_library)

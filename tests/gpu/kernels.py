@@ -30,6 +30,8 @@ def linears() -> None:
         cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(packed.blob, packed.spec)], form=2)
         wide = cuda._widen(act, packed.blob, packed.spec)
         cuda._multiply(act, wide, packed.blob, packed.spec, torch.bfloat16, gelu=True)
+        stream = torch.zeros(1, case.m, case.n, dtype=torch.bfloat16).cuda()
+        cuda._multiply(act, wide, packed.blob, packed.spec, torch.bfloat16, out=stream, gate=stream[:, 0].clone())
 
 
 def passes() -> None:
@@ -42,6 +44,13 @@ def passes() -> None:
     ops.norm_quantize(made(2, 40, 320), made(2, 320), made(2, 320), 1e-6, [weight, weight], "fp8")
     ops.gated_add(made(2, 9, 320), made(2, 320), made(2, 9, 320), made(2, 9, 320))
     angles = torch.randn(14, 128, generator=draw).cuda()
+    heads = ops.pack(
+        ops.CanonicalLinear(**on_device(without_minus_eight(random_linear(Case(1, 384, 320, 32))))), "sm90a"
+    )
+    for count in (70, 1030):  # of both products
+        act = cuda._quantize(made(count, 320), [(heads.blob, heads.spec)])
+        turned = torch.randn(count, 128, generator=draw).cuda()
+        ops.project_heads(act, [heads], [made(128), made(128)], turned, turned, 1e-6, 1)
     ops.rotate_heads(made(2, 9, 3 * 256), made(2, 5, 3 * 256), [made(128) for _ in range(4)], angles, angles, 1e-6)
     ops.depthwise_glu(made(2, 5, 19, 2 * 300), made(600, 1, 3, 3), made(600), 320)
     ops.linear_attention(made(2, 300, 3 * 96), 3)

@@ -125,6 +125,23 @@ def test_both_forms_of_quantization_agree(case: Case):
     assert torch.equal(some.low_rank, stays.low_rank[: case.m // 2 + 1])
 
 
+@pytest.mark.parametrize("shape", [(1, 1100), (2, 1024), (4, 512), (1, 300), (3, 128)], ids=str)
+@pytest.mark.parametrize("n", [200, 384])
+def test_a_product_is_added_to_a_stream(shape: tuple[int, int], n: int):
+    """x += gate * y, to the bit: the gated product is rounded, then the sum."""
+    (batch, length), case = shape, Case(shape[0] * shape[1], n, 320, 32)
+    packed = ops.pack(on_device(without_minus_eight(random_linear(case))), "sm90a")
+    y = tokens(case, torch.bfloat16).cuda().view(batch, length, -1)
+    draw = torch.Generator("cuda").manual_seed(1)
+    x, gate = (torch.randn(*size, n, device="cuda", generator=draw).bfloat16() for size in (shape, (batch,)))
+    product = ops.linear(ops.quantize_act(y, packed, "fp8"), packed, torch.float32).view(batch, length, n)
+    wanted = x + (gate[:, None].float() * product).bfloat16()
+    assert ops.adds_at_once(x, gate, packed)
+    got = x.clone()
+    ops.add_linear_(got, gate, y, packed, "fp8")
+    assert torch.equal(got, wanted)
+
+
 def test_the_same_bits_again():
     linear = on_device(without_minus_eight(random_linear(Case(300, 400, 1536, 32))))
     packed, x = ops.pack(linear, "sm90a"), tokens(Case(300, 400, 1536, 32), torch.bfloat16).cuda()
@@ -189,6 +206,28 @@ def test_heads_are_rotated_as_in_torch(length: int, words: int, heads: int):
     exact = ops.rotate_heads(exactly[0], exactly[1], exactly[2:-2], *exactly[-2:], 1e-6)
     for one, wanted in zip(got, exact, strict=True):
         torch.testing.assert_close(one.double().cpu(), wanted.double(), rtol=2**-7, atol=2**-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words", "length", "heads"), [(1, 77, 1100, 3), (1, 512, 4096, 24), (1, 0, 300, 2), (3, 0, 400, 3)]
+)
+def test_heads_are_rotated_where_they_are_projected(batch: int, words: int, length: int, heads: int):
+    """The bits of a projection and the pass behind it."""
+    draw = torch.Generator("cuda").manual_seed(6)
+    sizes = [size for size in (words, length) if size]
+    cases = [Case(batch * size, 3 * heads * 128, 320, 32) for size in sizes]
+    layers = [ops.pack(on_device(without_minus_eight(random_linear(case))), "sm90a") for case in cases]
+    acts = [cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(layer.blob, layer.spec)])[0]
+            for case, layer in zip(cases, layers, strict=True)]  # fmt: skip
+    norms = [torch.randn(128, generator=draw, device="cuda").bfloat16() for _ in range(2 * len(sizes))]
+    angles = torch.randn(sum(sizes), 64, generator=draw, device="cuda")
+    rotary = [part.repeat_interleave(2, dim=1) for part in (angles.cos(), angles.sin())]
+    assert ops.projects_heads(layers, rotary[0], torch.bfloat16, batch)
+    got = ops.project_heads(acts, layers, norms, *rotary, 1e-6, batch)
+    *text, picture = (ops.linear(act, layer, torch.bfloat16).unflatten(0, (batch, -1))
+                      for act, layer in zip(acts, layers, strict=True))  # fmt: skip
+    wanted = ops.rotate_heads(picture, text[0] if text else None, norms, *rotary, 1e-6)
+    assert all(torch.equal(one, two) for one, two in zip(got, wanted, strict=True))
 
 
 def test_a_lora_beside_the_norm():

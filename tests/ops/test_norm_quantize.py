@@ -1,4 +1,4 @@
-"""norm_quantize and rotate_heads on the CPU: what the fused kernels stand in for."""
+"""norm_quantize, rotate_heads and add_linear_ on the CPU: what the fused kernels stand in for."""
 
 from __future__ import annotations
 
@@ -43,6 +43,19 @@ def test_wrong_arguments_are_named(modulated):
         ops.norm_quantize(x, scale, shift[:1], 1e-6, [packed], "int8")
     with pytest.raises(ArgumentError, match="layers: expected one or two, got 3"):
         ops.norm_quantize(x, scale, shift, 1e-6, [packed] * 3, "int8")
+
+
+def test_a_layer_is_added_to_a_stream_in_place(modulated):
+    y, gate, _ = modulated
+    packed = ops.pack(random_linear(Case(1, K, K, 16)), "reference")
+    x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(2))
+    wanted = x + gate[:, None] * ops.svdq_linear(y, packed, "int8")
+    assert not ops.adds_at_once(x, gate, packed)
+    ops.add_linear_(x, gate, y, packed, "int8")
+    assert torch.equal(x, wanted)
+    for name, parts in (("x", (x[:, :4], gate)), ("gate", (x, gate[:1]))):
+        with pytest.raises(ArgumentError, match=rf"{name}: expected \("):
+            ops.add_linear_(*parts, y, packed, "int8")
 
 
 @pytest.mark.parametrize("words", [0, 3])

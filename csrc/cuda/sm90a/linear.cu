@@ -42,12 +42,22 @@ Beside beside_wide(const uint8_t* wide, int64_t n, int64_t k, int64_t rank) {
 
 using Kernel = void (*)(CUtensorMap, CUtensorMap, CUtensorMap, sm90a::Args);
 
+// Whether all tokens of a tile have the same gates.
+bool fits(const LinearFp8& p, int tokens) {
+  return !p.gate || p.m <= p.tokens_per_sample || p.tokens_per_sample % tokens == 0;
+}
+
 // `out_tokens`: how many of a tile's tokens are written at once.
 Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int shared, int clusters,
               cudaStream_t stream) {
   using namespace sm90a;
   const int64_t panels = p.n / kRows, pairs = (panels + 3) / 4, token_tiles = (p.m + tokens - 1) / tokens;
   const bool boxed = p.y_dtype != DType::fp32 && p.n_valid % 8 == 0;
+  if (p.gate && !(boxed && p.y_dtype == DType::bf16)) return "only whole boxes of bfloat16 can be added to";
+  if (p.heads && !(boxed && p.y_dtype == DType::bf16 && p.n_valid == 3 * kHead * p.heads)) {
+    return "heads are 128 wide, in bfloat16";
+  }
+  if (!fits(p, tokens)) return "a tile of tokens would have the gates of two samples";
   CUtensorMap act, low_rank{}, out{};
   bool made = map_rows(&act, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.act, p.m, p.k_valid, tokens / 2);
   const Beside beside = p.wide ? beside_wide(p.wide, p.n, p.k, p.rank) : Beside{nullptr, p.low_rank};
@@ -75,7 +85,16 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
                   p.scale_dtype,
                   p.y_dtype,
                   boxed,
-                  p.gelu};
+                  p.gelu,
+                  p.gate,
+                  p.gate_stride,
+                  static_cast<int>(p.tokens_per_sample),
+                  p.angles,
+                  p.norm_q,
+                  p.norm_k,
+                  p.eps,
+                  p.heads,
+                  p.first_position};
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   // The product's CTAs come while the last blocks of the widening run: it is the kernel before.
@@ -141,7 +160,7 @@ Status linear_fp8_sm90a(const LinearFp8& p, void* stream) {
     if (p.tile) return p.tile;
     int best = *widths.begin();
     for (const int width : widths) {
-      if (rounds(p, width, clusters) <= rounds(p, best, clusters)) best = width;
+      if (fits(p, width) && rounds(p, width, clusters) <= rounds(p, best, clusters)) best = width;
     }
     return best;
   };

@@ -9,6 +9,7 @@
 // A cluster of two CTAs shares a tile of tokens (each fetches half of it for both) and takes 128 outputs each: at
 // FP8's full rate a CTA alone would ask more of the L2 than it gives.
 #pragma once
+#include "../common/heads.cuh"
 #include "../kernels.h"
 #include "pairs.cuh"
 #include "ptx.cuh"
@@ -44,8 +45,15 @@ struct Args {
   void* y;
   int m, n_valid, panels, steps, rank, token_tiles, tiles;
   DType scale_dtype, y_dtype;
-  bool boxed;  // whether y can be written by the copy engine
-  bool gelu;   // y = gelu(y), in its tanh form
+  bool boxed;            // whether y can be written by the copy engine
+  bool gelu;             // y = gelu(y), in its tanh form
+  const uint16_t* gate;  // y += gate * (what else were y)
+  int64_t gate_stride;
+  int tokens_per_sample;
+  const float* angles;  // of queries and keys, see LinearFp8
+  const uint16_t *norm_q, *norm_k;
+  float eps;
+  int heads, first_position;
 };
 
 // 0.5 v (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))), the tanh by the special function unit: right to 2^-11.
@@ -130,7 +138,10 @@ __device__ void fetch(const CUtensorMap& act, const CUtensorMap& low_rank, const
 
 __device__ inline uint4 load_words(uint32_t address) {
   uint4 w;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "r"(address));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+               : "r"(address)
+               : "memory");
   return w;
 }
 
@@ -138,6 +149,11 @@ __device__ inline uint16_t load_half(uint32_t address) {
   uint16_t v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
   return v;
+}
+
+__device__ inline void store_words(uint32_t address, const uint4& w) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w)
+               : "memory");
 }
 
 // Registers are ready here: the compiler may not compute them later, past the fence before a product.
@@ -249,11 +265,33 @@ __device__ void add_low_rank(const Args& p, Stage<kTokens> at, Turn<Shape<kToken
   }
 }
 
-// kTokens tokens from `token` on; `sum` is where theirs begin.
+// Both multiplying warpgroups, which have the halves of a head.
+__device__ inline void both_sync() {
+  asm volatile("bar.sync 5, 256;" ::: "memory");
+}
+
+// Queries or keys of kTokens tokens, on their way out in the buffers of both warpgroups: their norm and rotation.
+// Sixteen lanes take a token.
+template <int kTokens>
+__device__ void rotate_staged(const Args& p, uint32_t buffers, const uint16_t* norm, int token) {
+  const int part = threadIdx.x % kLanes;
+  const Eight weight(*reinterpret_cast<const uint4*>(norm + part * 8));
+#pragma unroll 2
+  for (int t = threadIdx.x % 256 / kLanes; t < kTokens; t += 256 / kLanes) {
+    const int position = p.first_position + (token + t) % p.tokens_per_sample;
+    const uint32_t at = buffers + part / 8 * (kTokens * kRows * 2) + t * 128 + ((part % 8 ^ t % 8) << 4);
+    const uint4 turned = norm_and_rotate(load_words(at), weight, angles_at(p.angles, position, part), p.eps);
+    store_words(at, turned);
+  }
+}
+
+// kTokens tokens from `token` on, of a warpgroup's panel; `sum` is where theirs begin. `buffers`: a box for each
+// warpgroup.
 template <int kTokens, bool kBfloat16>
-__device__ void store_boxed(const CUtensorMap& out, uint32_t buffer, int group, int panel, int token,
+__device__ void store_boxed(const CUtensorMap& out, const Args& p, uint32_t buffers, int group, int panel, int token,
                             const float* sum) {
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const uint32_t buffer = buffers + group * (kTokens * kRows * 2);
   if (thread == 0) store_wait_read();
   warpgroup_sync(group);
   // Lane l gives the address of row l % 8 of matrix l / 8: matrices are (tokens j, outputs low, high), then j + 1.
@@ -265,10 +303,21 @@ __device__ void store_boxed(const CUtensorMap& out, uint32_t buffer, int group, 
     store_matrices_transposed(to + j * 1024, pair<kBfloat16>(d[0], d[1]), pair<kBfloat16>(d[2], d[3]),
                               pair<kBfloat16>(d[4], d[5]), pair<kBfloat16>(d[6], d[7]));
   }
-  fence_async_shared();
-  warpgroup_sync(group);
+  if (const int head = panel / 2; head < 2 * p.heads) {
+    both_sync();
+    rotate_staged<kTokens>(p, buffers, head < p.heads ? p.norm_q : p.norm_k, token);
+    fence_async_shared();
+    both_sync();
+  } else {
+    fence_async_shared();
+    warpgroup_sync(group);
+  }
   if (thread == 0) {
-    store_box(&out, buffer, panel * kRows, token);
+    if (p.gate) {
+      add_box(&out, buffer, panel * kRows, token);
+    } else {
+      store_box(&out, buffer, panel * kRows, token);
+    }
     store_commit();
   }
 }
@@ -317,6 +366,16 @@ __device__ void finish_sums(const Args& p, float low, float high, float (&sum)[k
   }
 }
 
+// sum *= the gates of this thread's rows n and n + 8: a tile's tokens are of one sample.
+template <int kTokens>
+__device__ void apply_gate(const Args& p, int n, int token, float (&sum)[kTokens / 2]) {
+  const uint16_t* from = p.gate + token / p.tokens_per_sample * p.gate_stride + n;
+  const auto gate = [&](int row) { return n + row < p.n_valid ? __uint_as_float(uint32_t{from[row]} << 16) : 0.0f; };
+  const float low = gate(0), high = gate(8);
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) sum[i] *= i & 2 ? high : low;
+}
+
 template <int kTokens>
 __device__ void compute(const CUtensorMap& out, const Args& p, Stage<kTokens> at, int cluster, int clusters,
                         uint32_t rank_in_cluster, int group) {
@@ -335,15 +394,16 @@ __device__ void compute(const CUtensorMap& out, const Args& p, Stage<kTokens> at
     const int n = panel * kRows + thread / 32 * 16 + lane / 4;
     finish_sums<kTokens>(p, p.bias[n], p.bias[n + 8], sum);
     if (!real) continue;
-    const uint32_t buffer = at.out + group * Shape<kTokens>::kOutBytes;
+    if (p.gate) apply_gate<kTokens>(p, n, token, sum);
     if (p.boxed && p.y_dtype == DType::bf16) {
-      store_boxed<kTokens, true>(out, buffer, group, panel, token, sum);
+      store_boxed<kTokens, true>(out, p, at.out, group, panel, token, sum);
     } else if (p.boxed) {
-      store_boxed<kTokens, false>(out, buffer, group, panel, token, sum);
+      store_boxed<kTokens, false>(out, p, at.out, group, panel, token, sum);
     } else {
       store_plain<kTokens>(p, panel, token, sum);
     }
   }
+  if (thread == 0) store_wait_read();  // this shared memory may be another CTA's soon
 }
 
 // The ring's barriers, set up by one thread of each CTA before cluster_sync.

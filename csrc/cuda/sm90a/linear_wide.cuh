@@ -185,7 +185,7 @@ __device__ void compute_wide(const CUtensorMap& out, const Args& p, WideStage<kT
     for (int i = 0; i < kTokens / 2; ++i) sum[i] *= scale[i / 4 * 2 + i % 2] * (i & 2 ? rows.high : rows.low);
     finish_sums<kTokens>(p, rows.bias_low, rows.bias_high, sum);
     if (!real) continue;
-    const uint32_t buffer = at.out + group * S::kOutBytes;
+    if (p.gate) apply_gate<kTokens>(p, n, token, sum);
     if (!p.boxed) {
       store_plain<kTokens>(p, panel, token, sum);
       continue;
@@ -193,12 +193,13 @@ __device__ void compute_wide(const CUtensorMap& out, const Args& p, WideStage<kT
 #pragma unroll
     for (int first = 0; first < kTokens; first += S::kOut) {
       if (p.y_dtype == DType::bf16) {
-        store_boxed<S::kOut, true>(out, buffer, group, panel, token + first, sum + first / 2);
+        store_boxed<S::kOut, true>(out, p, at.out, group, panel, token + first, sum + first / 2);
       } else {
-        store_boxed<S::kOut, false>(out, buffer, group, panel, token + first, sum + first / 2);
+        store_boxed<S::kOut, false>(out, p, at.out, group, panel, token + first, sum + first / 2);
       }
     }
   }
+  if (thread == 0) store_wait_read();  // this shared memory may be another CTA's soon
 }
 
 template <int kTokens>

@@ -127,6 +127,13 @@ __device__ inline void store_box(const CUtensorMap* map, uint32_t from, int x, i
                : "memory");
 }
 
+// The same, added to what is there: each element is read, added and rounded in the L2.
+__device__ inline void add_box(const CUtensorMap* map, uint32_t from, int x, int y) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+               "r"(x), "r"(y), "r"(from)
+               : "memory");
+}
+
 // One box of a 3-D tensor, for this CTA.
 __device__ inline void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
   asm volatile(
