@@ -41,33 +41,18 @@ using Heads = std::optional<std::pair<std::array<int64_t, 6>, float>>;
 
 Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 6>& sizes, int scale_dtype, int y_dtype,
                   bool gelu, int tile, const Gate& gate, const Heads& heads, uintptr_t stream) {
-  LinearFp8 p{
-      at<const uint8_t>(a[0]),
-      at<const uint16_t>(a[1]),
-      at<const float>(a[2]),
-      at<const uint16_t>(a[3]),
-      at<const float>(a[4]),
-      at<const uint8_t>(a[5]),
-      at<const float>(a[6]),
-      at<const uint16_t>(a[7]),
-      at<void>(a[8]),
-      sizes[0],
-      sizes[1],
-      sizes[2],
-      sizes[3],
-      sizes[4],
-      sizes[5],
-      DType(scale_dtype),
-      DType(y_dtype),
-      gelu,
-      tile,
-      at<const uint8_t>(a[9]),
-  };
+  LinearFp8 p{};
+  p.codes = at<const uint8_t>(a[0]), p.wscales = at<const uint16_t>(a[1]), p.row_most = at<const float>(a[2]);
+  p.up = at<const uint16_t>(a[3]), p.bias = at<const float>(a[4]);
+  p.act = at<const uint8_t>(a[5]), p.act_scale = at<const float>(a[6]), p.low_rank = at<const uint16_t>(a[7]);
+  p.y = at<void>(a[8]), p.wide = at<const uint8_t>(a[9]);
+  p.m = sizes[0], p.n = sizes[1], p.k = sizes[2], p.n_valid = sizes[3], p.k_valid = sizes[4], p.rank = sizes[5];
+  p.scale_dtype = DType(scale_dtype), p.y_dtype = DType(y_dtype), p.gelu = gelu, p.tile = tile;
   p.tokens_per_sample = p.m;
   if (gate) p.gate = at<const uint16_t>((*gate)[0]), p.gate_stride = (*gate)[1], p.tokens_per_sample = (*gate)[2];
   if (heads) {
     const auto& [parts, eps] = *heads;
-    p.angles = at<const float>(parts[0]), p.norm_q = at<const uint16_t>(parts[1]),
+    p.angles = at<const void>(parts[0]), p.norm_q = at<const uint16_t>(parts[1]),
     p.norm_k = at<const uint16_t>(parts[2]);
     p.heads = static_cast<int>(parts[3]), p.tokens_per_sample = parts[4], p.first_position = static_cast<int>(parts[5]);
     p.eps = eps;
@@ -164,7 +149,7 @@ Status rotate_heads(const std::array<uintptr_t, 10>& a, const std::array<int, 4>
   const int64_t stride = int64_t{3} * sizes[1] * 128;
   return rotate_heads_sm80(
       {at<const void>(a[0]), at<const void>(a[1]), at<const void>(a[2]), at<const void>(a[3]), at<const void>(a[4]),
-       at<const void>(a[5]), at<const float>(a[6]), at<void>(a[7]), at<void>(a[8]), at<void>(a[9]), stride, stride,
+       at<const void>(a[5]), at<const void>(a[6]), at<void>(a[7]), at<void>(a[8]), at<void>(a[9]), stride, stride,
        sizes[0], sizes[1], sizes[2], sizes[3], eps},
       at<void>(stream));
 }

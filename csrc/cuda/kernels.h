@@ -42,9 +42,9 @@ struct LinearFp8 {
   const uint16_t* gate;
   int64_t gate_stride, tokens_per_sample;
   // Where given, y are queries, keys and values of so many heads of 128 (n_valid = 384 heads), bf16; queries and keys
-  // get their RMS norm (weights (128) bf16) and are turned by their token's angles. angles: (positions,64,2) fp32, the
+  // get their RMS norm (weights (128) bf16) and are turned by their token's angles. angles: (positions,64,2) fp16, the
   // cosine and sine of each pair; a sample's first token has position first_position.
-  const float* angles;
+  const void* angles;
   const uint16_t *norm_q, *norm_k;
   float eps;
   int heads, first_position;
@@ -132,7 +132,7 @@ struct LinearAttention {
 struct RotateHeads {
   const void *text, *picture;
   const void *norm_q, *norm_k, *text_norm_q, *text_norm_k;
-  const float* angles;
+  const void* angles;
   void *q, *k, *v;
   int64_t text_stride, picture_stride;
   int batch, heads, tokens, text_tokens;

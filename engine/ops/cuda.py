@@ -37,7 +37,7 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum DType i
 class Heads(NamedTuple):
     """What becomes of queries and keys where they are projected: members of LinearFp8 in csrc/cuda/kernels.h."""
 
-    angles: Tensor  # (positions, 64, 2) float32
+    angles: Tensor  # (positions, 64, 2) float16
     norm_q: Tensor  # (128) bfloat16
     norm_k: Tensor
     eps: float

@@ -81,10 +81,10 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _angles(cosine: Tensor, sine: Tensor) -> Tensor:
-    """(T, D / 2, 2) float32: cosine and sine of each pair."""
+    """(T, D / 2, 2) float16: cosine and sine of each pair."""
     found = _kept.get(cosine)
     if found is None or found[0] is not sine:
-        pairs = torch.stack((cosine[:, ::2], sine[:, ::2]), -1).to(torch.float32).contiguous()
+        pairs = torch.stack((cosine[:, ::2], sine[:, ::2]), -1).to(torch.float16).contiguous()
         found = _kept[cosine] = (sine, pairs)
     return found[1]
 

@@ -1,6 +1,7 @@
 // Eight neighbouring elements of an attention head, and what becomes of a query or key before attention.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -21,10 +22,6 @@ struct Eight {
       at[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
   }
-  __device__ explicit Eight(const float4* four) {
-    const float4 a = four[0], b = four[1];
-    at[0] = a.x, at[1] = a.y, at[2] = a.z, at[3] = a.w, at[4] = b.x, at[5] = b.y, at[6] = b.z, at[7] = b.w;
-  }
   __device__ uint4 rounded() const {
     uint32_t words[4];
 #pragma unroll
@@ -36,13 +33,14 @@ struct Eight {
   }
 };
 
-// The angles (cosine, sine) of four pairs of elements: of those of lane `part` at a position. angles: (positions,64,2).
-__device__ inline Eight angles_at(const float* angles, int64_t position, int part) {
-  return Eight(reinterpret_cast<const float4*>(angles + position * kHead) + part * 2);
+// Cosine and sine of four pairs of elements, those of lane `part` at a position. angles: (positions,64,2) fp16, whose
+// eleven bits are three more than the result keeps; they come from the L2 for every head again, so bytes count.
+__device__ inline uint4 angles_at(const void* angles, int64_t position, int part) {
+  return static_cast<const uint4*>(angles)[position * kLanes + part];
 }
 
 // x / rms(x) * weight, rounded as torch does between the two, then each pair of elements turned by its angle.
-__device__ inline uint4 norm_and_rotate(const uint4& raw, const Eight& weight, const Eight& angle, float eps) {
+__device__ inline uint4 norm_and_rotate(const uint4& raw, const Eight& weight, const uint4& angles, float eps) {
   Eight v(raw), turned;
   float squares = 0.0f;
 #pragma unroll
@@ -53,11 +51,12 @@ __device__ inline uint4 norm_and_rotate(const uint4& raw, const Eight& weight, c
 #pragma unroll
   for (int i = 0; i < 8; ++i) v.at[i] *= inverse * weight.at[i];
   v = Eight(v.rounded());
+  const uint32_t words[4] = {angles.x, angles.y, angles.z, angles.w};
 #pragma unroll
   for (int i = 0; i < 8; i += 2) {
-    const float cosine = angle.at[i], sine = angle.at[i + 1];
-    turned.at[i] = fmaf(v.at[i], cosine, -(v.at[i + 1] * sine));
-    turned.at[i + 1] = fmaf(v.at[i + 1], cosine, v.at[i] * sine);
+    const float2 angle = __half22float2(reinterpret_cast<const __half2&>(words[i / 2]));
+    turned.at[i] = fmaf(v.at[i], angle.x, -(v.at[i + 1] * angle.y));
+    turned.at[i + 1] = fmaf(v.at[i + 1], angle.x, v.at[i] * angle.y);
   }
   return turned.rounded();
 }

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kWarps * 32) rotate_heads_kernel(const __grid_
   const void* from = text ? p.text : p.picture;
   const Eight weight_q(*vector_at(text ? p.text_norm_q : p.norm_q, element));
   const Eight weight_k(*vector_at(text ? p.text_norm_k : p.norm_k, element));
-  const Eight angle = angles_at(p.angles, token, lane % kLanes);
+  const uint4 angles = angles_at(p.angles, token, lane % kLanes);
   auto* q = static_cast<__nv_bfloat16*>(p.q) + index * width;
   auto* k = static_cast<__nv_bfloat16*>(p.k) + index * width;
 #pragma unroll 2
@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kWarps * 32) rotate_heads_kernel(const __grid_
     const int64_t at = int64_t{head} * kHead + element;
     const uint4 raw_q = real ? *vector_at(from, row + at) : uint4{};
     const uint4 raw_k = real ? *vector_at(from, row + width + at) : uint4{};
-    const uint4 out_q = norm_and_rotate(raw_q, weight_q, angle, p.eps);
-    const uint4 out_k = norm_and_rotate(raw_k, weight_k, angle, p.eps);
+    const uint4 out_q = norm_and_rotate(raw_q, weight_q, angles, p.eps);
+    const uint4 out_k = norm_and_rotate(raw_k, weight_k, angles, p.eps);
     if (!real) continue;
     *reinterpret_cast<uint4*>(q + at) = out_q;
     *reinterpret_cast<uint4*>(k + at) = out_k;

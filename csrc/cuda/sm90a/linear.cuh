@@ -50,7 +50,7 @@ struct Args {
   const uint16_t* gate;  // y += gate * (what else were y)
   int64_t gate_stride;
   int tokens_per_sample;
-  const float* angles;  // of queries and keys, see LinearFp8
+  const void* angles;  // of queries and keys, see LinearFp8
   const uint16_t *norm_q, *norm_k;
   float eps;
   int heads, first_position;
@@ -270,20 +270,35 @@ __device__ inline void both_sync() {
   asm volatile("bar.sync 5, 256;" ::: "memory");
 }
 
-// Queries or keys of kTokens tokens, on their way out in the buffers of both warpgroups: their norm and rotation.
-// Sixteen lanes take a token.
+// Norm and rotation of the queries or keys of kTokens tokens, on their way out in the buffers of both warpgroups.
+// Sixteen lanes take a token. Angles come from the L2 and are fetched all at once, before they are needed.
 template <int kTokens>
-__device__ void rotate_staged(const Args& p, uint32_t buffers, const uint16_t* norm, int token) {
-  const int part = threadIdx.x % kLanes;
-  const Eight weight(*reinterpret_cast<const uint4*>(norm + part * 8));
-#pragma unroll 2
-  for (int t = threadIdx.x % 256 / kLanes; t < kTokens; t += 256 / kLanes) {
-    const int position = p.first_position + (token + t) % p.tokens_per_sample;
-    const uint32_t at = buffers + part / 8 * (kTokens * kRows * 2) + t * 128 + ((part % 8 ^ t % 8) << 4);
-    const uint4 turned = norm_and_rotate(load_words(at), weight, angles_at(p.angles, position, part), p.eps);
-    store_words(at, turned);
+struct Turning {
+  static constexpr int kEach = kTokens / (256 / kLanes);
+  static_assert(kTokens % (256 / kLanes) == 0, "every thread has as many tokens");
+  uint4 angles[kEach];
+
+  __device__ static int first() { return threadIdx.x % 256 / kLanes; }
+
+  __device__ void fetch(const Args& p, int token) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int position = (token + first() + i * (256 / kLanes)) % p.tokens_per_sample;
+      angles[i] = angles_at(p.angles, p.first_position + position, threadIdx.x % kLanes);
+    }
   }
-}
+
+  __device__ void turn(const Args& p, uint32_t buffers, const uint16_t* norm) const {
+    const int part = threadIdx.x % kLanes;
+    const Eight weight(*reinterpret_cast<const uint4*>(norm + part * 8));
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int t = first() + i * (256 / kLanes);
+      const uint32_t at = buffers + part / 8 * (kTokens * kRows * 2) + t * 128 + ((part % 8 ^ t % 8) << 4);
+      store_words(at, norm_and_rotate(load_words(at), weight, angles[i], p.eps));
+    }
+  }
+};
 
 // kTokens tokens from `token` on, of a warpgroup's panel; `sum` is where theirs begin. `buffers`: a box for each
 // warpgroup.
@@ -292,6 +307,7 @@ __device__ void store_boxed(const CUtensorMap& out, const Args& p, uint32_t buff
                             const float* sum) {
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const uint32_t buffer = buffers + group * (kTokens * kRows * 2);
+  const int head = panel / 2;
   if (thread == 0) store_wait_read();
   warpgroup_sync(group);
   // Lane l gives the address of row l % 8 of matrix l / 8: matrices are (tokens j, outputs low, high), then j + 1.
@@ -303,9 +319,11 @@ __device__ void store_boxed(const CUtensorMap& out, const Args& p, uint32_t buff
     store_matrices_transposed(to + j * 1024, pair<kBfloat16>(d[0], d[1]), pair<kBfloat16>(d[2], d[3]),
                               pair<kBfloat16>(d[4], d[5]), pair<kBfloat16>(d[6], d[7]));
   }
-  if (const int head = panel / 2; head < 2 * p.heads) {
+  if (head < 2 * p.heads) {
+    Turning<kTokens> turning;
+    turning.fetch(p, token);
     both_sync();
-    rotate_staged<kTokens>(p, buffers, head < p.heads ? p.norm_q : p.norm_k, token);
+    turning.turn(p, buffers, head < p.heads ? p.norm_q : p.norm_k);
     fence_async_shared();
     both_sync();
   } else {
