@@ -35,7 +35,7 @@ Status dequantize(uintptr_t codes, uintptr_t scales, uintptr_t out, int64_t n, i
 
 // Addresses and sizes come as tuples in the order of the struct's members: fewer arguments, the same cost.
 Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 6>& sizes, int scale_dtype, int y_dtype,
-                  bool gelu, int tile, uintptr_t stream) {
+                  bool gelu, int tile, int form, uintptr_t stream) {
   return linear_fp8_sm90a({at<const uint8_t>(a[0]),
                            at<const uint16_t>(a[1]),
                            at<const float>(a[2]),
@@ -55,17 +55,18 @@ Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 
                            DType(y_dtype),
                            gelu,
                            tile,
-                           at<const uint8_t>(a[9])},
+                           at<const uint8_t>(a[9]),
+                           LinearForm(form)},
                           at<void>(stream));
 }
 
 // Addresses and sizes in the order of the struct's members.
 Status widen_fp8(const std::array<uintptr_t, 8>& a, const std::array<int64_t, 4>& sizes, int scale_dtype, bool nvfp4,
-                 uintptr_t stream) {
+                 bool weights, uintptr_t stream) {
   return widen_fp8_sm90a(
       {at<const uint8_t>(a[0]), at<const void>(a[1]), at<const float>(a[2]), at<const uint16_t>(a[3]),
        at<const float>(a[4]), at<const float>(a[5]), at<const uint16_t>(a[6]), at<uint8_t>(a[7]), sizes[0], sizes[1],
-       sizes[2], sizes[3], DType(scale_dtype), nvfp4},
+       sizes[2], sizes[3], DType(scale_dtype), nvfp4, weights},
       at<void>(stream));
 }
 
