@@ -40,7 +40,7 @@ using Gate = std::optional<std::array<int64_t, 3>>;
 using Heads = std::optional<std::pair<std::array<int64_t, 6>, float>>;
 
 Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 6>& sizes, int scale_dtype, int y_dtype,
-                  bool gelu, int tile, const Gate& gate, const Heads& heads, uintptr_t stream) {
+                  bool gelu, int tile, int form, const Gate& gate, const Heads& heads, uintptr_t stream) {
   LinearFp8 p{};
   p.codes = at<const uint8_t>(a[0]), p.wscales = at<const uint16_t>(a[1]), p.row_most = at<const float>(a[2]);
   p.up = at<const uint16_t>(a[3]), p.bias = at<const float>(a[4]);
@@ -48,6 +48,7 @@ Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 
   p.y = at<void>(a[8]), p.wide = at<const uint8_t>(a[9]);
   p.m = sizes[0], p.n = sizes[1], p.k = sizes[2], p.n_valid = sizes[3], p.k_valid = sizes[4], p.rank = sizes[5];
   p.scale_dtype = DType(scale_dtype), p.y_dtype = DType(y_dtype), p.gelu = gelu, p.tile = tile;
+  p.form = LinearForm(form);
   p.tokens_per_sample = p.m;
   if (gate) p.gate = at<const uint16_t>((*gate)[0]), p.gate_stride = (*gate)[1], p.tokens_per_sample = (*gate)[2];
   if (heads) {
@@ -62,11 +63,11 @@ Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 
 
 // Addresses and sizes in the order of the struct's members.
 Status widen_fp8(const std::array<uintptr_t, 8>& a, const std::array<int64_t, 4>& sizes, int scale_dtype, bool nvfp4,
-                 uintptr_t stream) {
+                 bool weights, uintptr_t stream) {
   return widen_fp8_sm90a(
       {at<const uint8_t>(a[0]), at<const void>(a[1]), at<const float>(a[2]), at<const uint16_t>(a[3]),
        at<const float>(a[4]), at<const float>(a[5]), at<const uint16_t>(a[6]), at<uint8_t>(a[7]), sizes[0], sizes[1],
-       sizes[2], sizes[3], DType(scale_dtype), nvfp4},
+       sizes[2], sizes[3], DType(scale_dtype), nvfp4, weights},
       at<void>(stream));
 }
 

@@ -17,6 +17,10 @@ Status dequantize_int4_sm80(const DequantizeInt4&, void* stream);
 Status dequantize_int4_sm90a(const DequantizeInt4&, void* stream);
 Status dequantize_int4_sm120a(const DequantizeInt4&, void* stream);
 
+// Which product: with group scales, of weights that widen_fp8_sm90a made 8-bit, or making them so on their way (INT4
+// alone). The last two give the same bits and pay for many tokens.
+enum LinearForm { kNarrow, kWidened, kInline };
+
 // y (M,N) = weights x tokens in W4A8 with e4m3 tokens: sum_g scale_w[g] dot_g, * scale_act, + up x low_rank, + bias.
 //   codes [N/64][K/64][128][16]: what thread t of a warpgroup feeds to wgmma; engine/ops/wgmma64.py draws it
 //   wscales [N/64][K/64][64] 16-bit; row_most (N) fp32, a row's largest scale; up (N,R) bf16; bias (N) fp32; act
@@ -35,8 +39,9 @@ struct LinearFp8 {
   int64_t m, n, k, n_valid, k_valid, rank;
   DType scale_dtype, y_dtype;
   bool gelu;            // y = gelu(y), tanh form
-  int tile;             // tokens of a tile: 64, 128 or 176 (128, 192, 224 or 256 where `wide` is given); 0 chooses
-  const uint8_t* wide;  // what widen_fp8_sm90a wrote, on a 128-byte border, or null: pays for many tokens
+  int tile;             // tokens of a tile: 64, 128 or 176 (kNarrow), 128, 192, 224 or 256 (the others); 0 chooses
+  const uint8_t* wide;  // what widen_fp8_sm90a wrote, on a 128-byte border; kInline: its branch alone, just before this
+  LinearForm form;
   // Where given, y += gate * (what else were y): gate (samples,n_valid) bf16, rows gate_stride elements apart, one for
   // each tokens_per_sample tokens. y is bf16 then, and n_valid a multiple of 8.
   const uint16_t* gate;
@@ -52,8 +57,8 @@ struct LinearFp8 {
 
 // wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; behind them the low-rank branch divided
 // by the product's scales, n * 128 bytes for each 64 ranks (rounded up) and m * rank * 2 (divide.cuh). Other members as
-// there, row_scale is its row_most. NVFP4: codes are e2m1 in the same places, wscales [N/64][K/64][4][64] e4m3;
-// row_most is without tensor and row factors.
+// there, row_scale is its row_most. Without `weights`: the branch alone, from where `wide` begins. NVFP4: codes are
+// e2m1 in the same places, wscales [N/64][K/64][4][64] e4m3; row_most is without tensor and row factors.
 struct WidenFp8 {
   const uint8_t* codes;
   const void* wscales;
@@ -65,7 +70,7 @@ struct WidenFp8 {
   uint8_t* wide;
   int64_t m, n, k, rank;
   DType scale_dtype;
-  bool nvfp4;
+  bool nvfp4, weights;
 };
 
 // A linear that reads the tokens of QuantizeFp8: inv_smooth (K) fp32 or null, down [K/32][R/8][8][32] bf16 (what a warp

@@ -17,6 +17,7 @@ def linear_fp8_sm90a(
     y_dtype: int,
     gelu: bool,
     tile: int,
+    form: int,
     stream: int,
     /,
 ) -> str | None: ...

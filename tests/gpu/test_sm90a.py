@@ -90,6 +90,32 @@ def test_the_branch_in_a_widened_product(tile: int, rank: int, dtype: torch.dtyp
     assert torch.equal(y, cuda._multiply(act, wide, packed.blob, packed.spec, torch.float32, tile=tile))
 
 
+# N that fill no panel of 64, no pair and no group of four; K of one step and of fewer than there are stages; tokens
+# that fill no tile. The last has more tiles than there are clusters.
+FORMS = (Case(1024, 64, 128, 0), Case(1025, 200, 384, 16), Case(1100, 129, 640, 32), Case(2047, 384, 320, 48),
+         Case(4607, 640, 1536, 80), Case(1500, 1001, 3072, 160), Case(4608, 3072, 768, 32))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", FORMS, ids=str)
+@pytest.mark.parametrize("tile", [0, 128, 192, 224, 256])
+def test_both_forms_of_a_product_of_8_bits_agree(tile: int, case: Case, dtype: torch.dtype):
+    """Weights that are widened on their way give the bits of those that were widened before, and so every time."""
+    layer = without_minus_eight(random_linear(case))
+    layer.wscales[case.n // 3] = 0
+    packed, x = ops.pack(on_device(layer), "sm90a", dtype), tokens(case, dtype).cuda()
+    x[1] = 0
+    act, where = cuda._quantize(x, [(packed.blob, packed.spec)])[0], (packed.blob, packed.spec)
+
+    def product(form: int, out: torch.dtype, gelu: bool) -> Tensor:
+        wide = cuda._widen(act, *where, form=form)
+        return cuda._multiply(act, wide, *where, out, gelu=gelu, tile=tile, form=form)
+
+    for out, gelu in ((torch.float32, False), (dtype, False), (dtype, True)):
+        before = product(cuda.WIDENED_FORM, out, gelu)
+        assert all(torch.equal(before, product(cuda.INLINE_FORM, out, gelu)) for _ in range(3))
+
+
 def test_rows_of_zeros_keep_their_branch():
     case = Case(1100, 256, 256, 32)
     layer = without_minus_eight(random_linear(case))

@@ -51,4 +51,10 @@ __device__ inline void divide(const Divide& p, int panel) {
   }
 }
 
+// Nothing but that: a block for each panel.
+static __global__ void __launch_bounds__(128) divide_kernel(const Divide p) {
+  launch_next();
+  divide(p, blockIdx.x);
+}
+
 }  // namespace nibble::sm90a

@@ -1,5 +1,5 @@
 // Launches the W4A8 linear of Hopper: tensor maps, tile size, grid.
-#include "linear_wide.cuh"
+#include "linear_inline.cuh"
 #include "tensor_map.cuh"
 
 #include <cuda_runtime_api.h>
@@ -29,14 +29,14 @@ int multiprocessors() {
   return count;
 }
 
-// The divided low-rank branch (divide.cuh), behind the weights in `wide`.
+// The divided low-rank branch (divide.cuh), behind `weights` bytes of them in `wide`.
 struct Beside {
   const uint8_t* up;
   const void* low_rank;
 };
 
-Beside beside_wide(const uint8_t* wide, int64_t n, int64_t k, int64_t rank) {
-  const uint8_t* up = wide + n * k;
+Beside beside_wide(const uint8_t* wide, int64_t weights, int64_t n, int64_t rank) {
+  const uint8_t* up = wide + weights;
   return {up, up + n / sm90a::kRows * ((rank + sm90a::kRanks - 1) / sm90a::kRanks) * sm90a::kWideBytes};
 }
 
@@ -60,7 +60,8 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
   if (!fits(p, tokens)) return "a tile of tokens would have the gates of two samples";
   CUtensorMap act, low_rank{}, out{};
   bool made = map_rows(&act, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.act, p.m, p.k_valid, tokens / 2);
-  const Beside beside = p.wide ? beside_wide(p.wide, p.n, p.k, p.rank) : Beside{nullptr, p.low_rank};
+  const Beside beside = p.form == kNarrow ? Beside{nullptr, p.low_rank}
+                                          : beside_wide(p.wide, p.form == kWidened ? p.n * p.k : 0, p.n, p.rank);
   if (p.rank) {
     made &= map_rows(&low_rank, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, beside.low_rank, p.m, p.rank, tokens / 2);
   }
@@ -97,7 +98,7 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
                   p.first_position};
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  // The product's CTAs come while the last blocks of the widening run: it is the kernel before.
+  // The product's CTAs come while the last blocks of the widening, or of the division, run: the kernel before, if any.
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -107,7 +108,7 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = p.wide ? 1 : 0;
+  config.numAttrs = p.form == kWidened || (p.form == kInline && p.rank) ? 1 : 0;
   error = cudaLaunchKernelEx(&config, kernel, act, low_rank, out, args);
   if (error == cudaSuccess) error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -123,7 +124,8 @@ template <int kTokens>
 Status wide(const LinearFp8& p, int clusters, cudaStream_t stream) {
   using namespace sm90a;
   using S = WideShape<kTokens>;
-  return launch(linear_wide_kernel<kTokens>, p, kTokens, S::kOut, S::kShared, clusters, stream);
+  const Kernel kernel = p.form == kInline ? linear_inline_kernel<kTokens> : linear_wide_kernel<kTokens>;
+  return launch(kernel, p, kTokens, S::kOut, S::kShared, clusters, stream);
 }
 
 // Rounds of tiles, in tokens: what the slowest cluster does. The constant stands for a tile's start and end.
@@ -132,21 +134,34 @@ int64_t rounds(const LinearFp8& p, int tokens, int clusters) {
   return (tiles + clusters - 1) / clusters * (tokens + 24);
 }
 
-}  // namespace
+sm90a::Divide divided(const WidenFp8& p) {
+  const Beside beside = beside_wide(p.wide, p.weights ? p.n * p.k : 0, p.n, p.rank);
+  const auto out = [](const void* part) { return static_cast<uint16_t*>(const_cast<void*>(part)); };
+  return {p.up,           p.low_rank,           p.row_scale,           p.act_scale,
+          out(beside.up), out(beside.low_rank), static_cast<int>(p.m), static_cast<int>(p.rank)};
+}
 
-Status widen_fp8_sm90a(const WidenFp8& p, void* stream) {
+// The weights, and the branch with them where there is one.
+void widen(const WidenFp8& p, int panels, cudaStream_t stream) {
   using namespace sm90a;
-  const int panels = static_cast<int>(p.n / kRows), steps = static_cast<int>(p.k / kInputs);
+  const int steps = static_cast<int>(p.k / kInputs);
   const int splits = std::min(steps, (8 * multiprocessors() + panels - 1) / panels);
   const int each = (steps + splits - 1) / splits;
   const dim3 grid(panels, (steps + each - 1) / each + (p.rank ? 1 : 0));
   const auto kernel = p.nvfp4 ? widen_kernel<true> : widen_kernel<false>;
-  const Beside beside = beside_wide(p.wide, p.n, p.k, p.rank);
-  const auto out = [](const void* part) { return static_cast<uint16_t*>(const_cast<void*>(part)); };
-  const Divide divide{p.up,           p.low_rank,           p.row_scale,           p.act_scale,
-                      out(beside.up), out(beside.low_rank), static_cast<int>(p.m), static_cast<int>(p.rank)};
-  kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(
-      {p.codes, p.wscales, p.row_most, p.wide, steps, each, p.scale_dtype, divide});
+  kernel<<<grid, 128, 0, stream>>>({p.codes, p.wscales, p.row_most, p.wide, steps, each, p.scale_dtype, divided(p)});
+}
+
+}  // namespace
+
+Status widen_fp8_sm90a(const WidenFp8& p, void* stream) {
+  const auto at = static_cast<cudaStream_t>(stream);
+  const int panels = static_cast<int>(p.n / sm90a::kRows);
+  if (p.weights) {
+    widen(p, panels, at);
+  } else if (p.rank) {
+    sm90a::divide_kernel<<<panels, 128, 0, at>>>(divided(p));
+  }
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -164,7 +179,7 @@ Status linear_fp8_sm90a(const LinearFp8& p, void* stream) {
     }
     return best;
   };
-  if (p.wide) {
+  if (p.form != kNarrow) {
     const int tokens = chosen({128, 192, 224, 256});
     return tokens == 128   ? wide<128>(p, clusters, at)
            : tokens == 192 ? wide<192>(p, clusters, at)

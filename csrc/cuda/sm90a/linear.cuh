@@ -424,11 +424,12 @@ __device__ void compute(const CUtensorMap& out, const Args& p, Stage<kTokens> at
   if (thread == 0) store_wait_read();  // this shared memory may be another CTA's soon
 }
 
-// The ring's barriers, set up by one thread of each CTA before cluster_sync.
+// The ring's barriers, set up by one thread of each CTA before cluster_sync. A stage is full after `filling` arrivals
+// and the bytes that one of them announces.
 template <int kStages>
-__device__ void begin_ring(uint32_t full, uint32_t empty) {
+__device__ void begin_ring(uint32_t full, uint32_t empty, uint32_t filling = 1) {
   for (int i = 0; i < kStages; ++i) {
-    barrier_init(full + i * 8, 1);
+    barrier_init(full + i * 8, filling);
     barrier_init(empty + i * 8, 16);  // every multiplying warp of both CTAs
   }
   fence_barrier_init();

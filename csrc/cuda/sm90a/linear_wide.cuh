@@ -36,17 +36,23 @@ struct WideStage {
   }
 };
 
-// One stage: half of its tokens for both CTAs, and this CTA's two panels. Weights and up-projection are blocks of 64
-// rows.
+// Half of a free stage's tokens, for both CTAs. Its barrier expects all of them, and `beside` bytes more.
 template <int kTokens>
-__device__ inline void fetch_stage(WideStage<kTokens> at, int stage, uint32_t phase, const CUtensorMap* map, int column,
-                                   int row, const uint8_t* first, const uint8_t* second, uint32_t rank_in_cluster) {
+__device__ inline void fetch_tokens(WideStage<kTokens> at, int stage, const CUtensorMap* map, int column, int row,
+                                    uint32_t rank_in_cluster, uint32_t beside) {
   using S = WideShape<kTokens>;
-  const uint32_t full = at.full + stage * 8, weights = at.weights + stage * 2 * kWideBytes;
-  barrier_wait(at.empty + stage * 8, phase ^ 1);
-  barrier_expect(full, S::kTokenBytes + 2 * kWideBytes);
+  const uint32_t full = at.full + stage * 8;
+  barrier_expect(full, S::kTokenBytes + beside);
   copy_box_to_all(at.tokens + stage * S::kTokenBytes + rank_in_cluster * (kTokens / 2) * 128, map, column, row, full,
                   3);
+}
+
+// All of a free stage: tokens, and this CTA's two panels. Weights and up-projection are blocks of 64 rows.
+template <int kTokens>
+__device__ inline void fetch_stage(WideStage<kTokens> at, int stage, const CUtensorMap* map, int column, int row,
+                                   const uint8_t* first, const uint8_t* second, uint32_t rank_in_cluster) {
+  const uint32_t full = at.full + stage * 8, weights = at.weights + stage * 2 * kWideBytes;
+  fetch_tokens<kTokens>(at, stage, map, column, row, rank_in_cluster, 2 * kWideBytes);
   copy_bulk(weights, first, kWideBytes, full);
   copy_bulk(weights + kWideBytes, second, kWideBytes, full);
 }
@@ -64,7 +70,8 @@ __device__ void fetch_wide(const CUtensorMap& act, const CUtensorMap& low_rank, 
     const auto run = [&](const CUtensorMap& map, int width, const uint8_t* from, int blocks) {
       const uint8_t *one = from + first * blocks * kWideBytes, *two = from + second * blocks * kWideBytes;
       for (int i = 0; i < blocks; ++i, turn.next(), one += kWideBytes, two += kWideBytes) {
-        fetch_stage<kTokens>(at, turn.stage, turn.phase, &map, i * width, row, one, two, rank_in_cluster);
+        barrier_wait(at.empty + turn.stage * 8, turn.phase ^ 1);
+        fetch_stage<kTokens>(at, turn.stage, &map, i * width, row, one, two, rank_in_cluster);
       }
     };
     run(act, kInputs, p.wide, p.steps);
@@ -208,7 +215,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
                        const __grid_constant__ CUtensorMap out, const __grid_constant__ Args p) {
   extern __shared__ uint8_t memory[];
   const WideStage<kTokens> at(shared_address(memory));
-  const uint32_t rank_in_cluster = cluster_rank();
+  // cluster_rank(), but known to the compiler as the same in all threads: else registers spill.
+  const uint32_t rank_in_cluster = blockIdx.x % 2;
   const int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
   if (threadIdx.x == 0) {
     begin_ring<WideShape<kTokens>::kStages>(at.full, at.empty);

@@ -111,6 +111,11 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, 
                : "memory");
 }
 
+// Memory that will soon be read comes to the L2.
+__device__ inline void prefetch_bulk(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // One box of a 2-D tensor, to the same place in every CTA of `mask`; each one's barrier counts the bytes.
 __device__ inline void copy_box_to_all(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier,
                                        uint16_t mask) {
