@@ -45,12 +45,13 @@ cudaLaunchConfig_t configure(cudaLaunchAttribute& cluster, int64_t clusters, int
   return config;
 }
 
-// CTAs that share a row in the resident form, or 0 where that form does not serve.
+// CTAs that share a row in the resident form, or 0 where that form does not serve. Two at least: numbers are sent
+// through the cluster.
 int resident_size(const QuantizeFp8& p) {
   using namespace sm90a;
   if (p.scale || p.targets != 1 || p.target[0].rank > kResidentRanks) return 0;
-  for (int size = 1; size <= 8; size *= 2) {
-    if (p.k % (64 * size) == 0 && p.k / size <= kResidentSlice) return size;
+  for (int size = 2; size <= kMostClusters; size *= 2) {
+    if (p.k % (32 * size) == 0 && p.k / size <= kResidentSlice) return size;
   }
   return 0;
 }
