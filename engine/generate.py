@@ -20,6 +20,7 @@ from engine.errors import ArgumentError, Cancelled
 from engine.linear import SVDQuantLinear, resolve_activation
 from engine.memory import PeakMeter, module_bytes
 from engine.models import loading
+from engine.models.attention import set_attention
 from engine.models.catalogue import ModelSpec, resolve
 from engine.models.families import runner
 from engine.preview import Watch
@@ -42,6 +43,7 @@ class Engine:
         self.spec = spec
         self.precision = precision
         self.activation = activation
+        self.attention = "16bit"
         self.backend = backend
         self.device = device
         self.pipe = pipe
@@ -60,12 +62,14 @@ class Engine:
         *,
         device: str = "auto",
         activation: str = "auto",
+        attention: str = "16bit",
         share: Engine | None = None,
         progress: Progress | None = None,
     ) -> Engine:
         """Open `model` in `precision` ("bf16" or one of the model's 4-bit checkpoints).
 
-        `activation` ("auto", "w4a4", "w4a8") is how 4-bit linears see their input. `share` is an engine of the same
+        `activation` ("auto", "w4a4", "w4a8") is how 4-bit linears see their input; `attention` ("16bit", "8bit") is in
+        how many bits a 4-bit FLUX takes its attention. `share` is an engine of the same
         model whose text encoders and VAE are used again. `progress` is told in words what is being loaded.
         Raises ModelError, CheckpointError, BackendError or ArgumentError, each with one sentence saying what to do.
         """
@@ -88,11 +92,14 @@ class Engine:
                 backend, kind = ops.backends.select(where).name, resolve_activation(activation, where)
                 transformer = loading.quantized_transformer(spec, precision, backend, kind, where, tell)
                 backend = _backend_of(transformer) or backend
+            set_attention(transformer, attention)
             loading.add_lora(spec, transformer)
             if share is None:
                 tell(f"loading text encoders and VAE of {spec.title}")
             pipe = loading.pipeline(spec, transformer, where, share.pipe if share else None)
-        return cls(spec, precision, kind, backend, where, pipe)
+        engine = cls(spec, precision, kind, backend, where, pipe)
+        engine.attention = attention
+        return engine
 
     @torch.inference_mode()
     def run(self, request: Request, on_step: OnStep | None = None, should_stop: ShouldStop | None = None) -> Result:
@@ -119,6 +126,7 @@ class Engine:
             model=self.spec.name,
             precision=self.precision,
             activation=self.activation,
+            attention=self.attention,
             backend=self.backend,
             device=_device_name(self.device),
             seconds=sum(clock.laps.values()),

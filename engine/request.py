@@ -103,6 +103,7 @@ class Result:
     weight_bytes: int
     peak_bytes: int
     versions: Mapping[str, str] = field(default_factory=dict)
+    attention: str = "16bit"
 
     @property
     def seed(self) -> int:
@@ -118,6 +119,8 @@ class Result:
         more: dict[str, Any] = {"controls": dict(own)} if own else {}
         if request.loras:
             more["loras"] = {_short(lora): strength for lora, strength in request.loras.items()}
+        if self.attention != "16bit":
+            more["attention"] = self.attention
         return more | {
             "prompt": request.prompt,
             "seed": request.seed,

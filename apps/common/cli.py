@@ -156,9 +156,11 @@ def loader_for(args: argparse.Namespace) -> Callable[..., Any]:
 
         _hush()
         kind, activation = parted(precision)
+        eight = args.attention == "8bit" and kind != "bf16" and spec.family == "flux"
         return Engine.load(
-            spec, kind, device=args.device, activation=activation or args.activation, share=share, progress=progress
-        )
+            spec, kind, device=args.device, activation=activation or args.activation, share=share, progress=progress,
+            attention="8bit" if eight else "16bit",
+        )  # fmt: skip
 
     return load
 

@@ -135,7 +135,8 @@ def figures(result: Result | None, results: Mapping[str, Result] | None = None) 
 def _how(result: Result) -> str:
     stages = result.stages
     parts = [f"{name} {' '.join(words.seconds_text(stages[name]))}" for name in stages]
-    return f"{', '.join(parts)} · {result.activation.upper()}, {result.backend}"
+    attention = "" if result.attention == "16bit" else ", 8-bit attention"
+    return f"{', '.join(parts)} · {result.activation.upper()}{attention}, {result.backend}"
 
 
 def _figure(name: str, value: tuple[str, str], delta: str = "", tone: str = "same") -> str:

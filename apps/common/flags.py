@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from apps.common.app import App
-from apps.common.models import ACTIVATIONS
+from apps.common.models import ACTIVATIONS, ATTENTIONS
 from engine.models import catalogue
 
 __all__ = ["add_groups", "bare_parser", "parser"]
@@ -73,6 +73,11 @@ def add_groups(this: argparse.ArgumentParser) -> Any:
         "--activation", default="auto", choices=("auto", *ACTIVATIONS),
         help="numbers that go into the 4-bit layers: 8 bits (w4a8) or 4 (w4a4); auto, the default, is what this device "
         "does fastest",
+    )  # fmt: skip
+    models.add_argument(
+        "--attention", default="16bit", choices=ATTENTIONS,
+        help="what 4-bit FLUX models take their attention in: 16 bits (the default), or 8, which is faster on Hopper "
+        "and comes less close to the 16-bit picture",
     )  # fmt: skip
     models.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda[:index] (default auto)")
     _add_serving(this)

@@ -155,6 +155,25 @@ Status rotate_heads(const std::array<uintptr_t, 10>& a, const std::array<int, 4>
       at<void>(stream));
 }
 
+// Addresses: those of AttentionInputs in the order of its members, then of the result; sizes as above.
+Status attention(const std::array<uintptr_t, 12>& a, const std::array<int, 4>& sizes, float eps, float scale,
+                 float qk_scale, float v_scale, uintptr_t stream) {
+  AttentionInputs in{};
+  in.text = at<const void>(a[0]), in.picture = at<const void>(a[1]);
+  in.norm_q = at<const void>(a[2]), in.norm_k = at<const void>(a[3]);
+  in.text_norm_q = at<const void>(a[4]), in.text_norm_k = at<const void>(a[5]);
+  in.angles = at<const void>(a[6]), in.key_mean = at<float>(a[7]);
+  in.q = at<uint8_t>(a[8]), in.k = at<uint8_t>(a[9]), in.v = at<uint8_t>(a[10]);
+  in.batch = sizes[0], in.heads = sizes[1], in.tokens = sizes[2], in.text_tokens = sizes[3];
+  in.padded_tokens = (in.tokens + 127) / 128 * 128;
+  in.text_stride = in.picture_stride = int64_t{3} * in.heads * 128;
+  in.eps = eps, in.qk_scale = qk_scale, in.v_scale = v_scale;
+  const Status failed = attention_inputs_sm90a(in, at<void>(stream));
+  if (failed) return failed;
+  return attention_sm90a({in.q, in.k, in.v, at<void>(a[11]), in.batch, in.heads, in.tokens, scale, qk_scale, v_scale},
+                         at<void>(stream));
+}
+
 // Addresses in the order of the struct's members; sizes: batch, height, width, channels, padded.
 Status depthwise_glu(const std::array<uintptr_t, 4>& a, const std::array<int, 5>& sizes, uintptr_t stream) {
   return depthwise_glu_sm80({at<const void>(a[0]), at<const void>(a[1]), at<const void>(a[2]), at<void>(a[3]), sizes[0],
@@ -188,4 +207,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("widen_fp8_sm90a", &widen_fp8);
   m.def("linear_fp8_sm90a", &linear_fp8);
   m.def("quantize_fp8_sm90a", &quantize_fp8);
+  m.def("attention_sm90a", &attention);
 }

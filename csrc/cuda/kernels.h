@@ -145,14 +145,15 @@ struct RotateHeads {
 };
 
 // What 8-bit attention reads, from the projections of a joint sequence: text tokens first, then the picture's. A row of
-// text or picture is q, k, v of all heads (3 * heads * 128 bf16). q, k: (batch * heads, tokens, 128) e4m3 after RMS
-// norm, rotation by cosine, sine (tokens,128) fp32 and qk_scale; v: (batch * heads, 128, padded_tokens), a multiple of
-// 128.
+// text or picture is q, k, v of all heads (3 * heads * 128 bf16); angles as in LinearFp8. q, k: (batch * heads, tokens,
+// 128) e4m3 after RMS norm, rotation and qk_scale, k less key_mean (batch * heads, 128), which is written first; v:
+// (batch * heads, 128, padded_tokens), a multiple of 128.
 struct AttentionInputs {
   const void *text, *picture;
   int64_t text_stride, picture_stride;
   const void *text_norm_q, *text_norm_k, *norm_q, *norm_k;
-  const float *cosine, *sine;
+  const void* angles;
+  float* key_mean;
   uint8_t *q, *k, *v;
   int batch, heads, tokens, text_tokens, padded_tokens;
   float eps, qk_scale, v_scale;

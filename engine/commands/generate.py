@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--activation", default="auto", help="what 4-bit layers see: auto, w4a8 (8-bit) or w4a4 (4-bit)"
     )
+    parser.add_argument("--attention", default="16bit", help="what a 4-bit FLUX takes its attention in: 16bit or 8bit")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:index]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
@@ -88,8 +89,9 @@ def _generate(args: argparse.Namespace) -> list[dict[str, Any]]:
     reference: Result | None = None
     for precision in dict.fromkeys(args.precision):
         engine = Engine.load(
-            spec, precision, device=args.device, activation=args.activation, share=first, progress=_say(args.json)
-        )
+            spec, precision, device=args.device, activation=args.activation, share=first, progress=_say(args.json),
+            attention="16bit" if precision == "bf16" else args.attention,
+        )  # fmt: skip
         first = first or engine
         result = _run(engine, request, quiet=args.json)
         path = result.save(args.out / f"{_slug(args.prompt)}-{args.seed}-{precision}.png")

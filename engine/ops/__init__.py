@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.errors import ArgumentError
 from engine.ops import backends, cuda, schema
+from engine.ops.attention import attention_8bit
 from engine.ops.canonical import AwqWeight, CanonicalLinear, dequantize, dequantize_awq
 from engine.ops.heads import project_heads, projects_heads, rotate_heads
 from engine.ops.layout import PackedAwq, PackedLinear, pack, pack_awq, unpack, unpack_awq
@@ -33,6 +34,7 @@ __all__ = [
     "QuantizedAct",
     "add_linear_",
     "adds_at_once",
+    "attention_8bit",
     "awq_linear",
     "backends",
     "depthwise_glu",

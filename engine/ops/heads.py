@@ -22,9 +22,9 @@ from engine.ops.spec import parse
 if TYPE_CHECKING:
     from engine.ops.layout import PackedLinear
 
-__all__ = ["project_heads", "projects_heads", "rotate_heads"]
+__all__ = ["HEAD", "angles", "project_heads", "projects_heads", "rotate_heads"]
 
-_HEAD = 128  # elements of a head that the kernels take
+HEAD = 128  # elements of a head that the kernels take
 
 _library = torch.library.Library("nibble", "FRAGMENT")
 _library.define(
@@ -56,8 +56,8 @@ def rotate_heads(
 
 def projects_heads(layers: Sequence[PackedLinear], cosine: Tensor, dtype: torch.dtype, batch: int) -> bool:
     """Whether project_heads takes these layers: those of Hopper, heads of 128, and of many samples one stream alone."""
-    known = all(packed.backend == "sm90a" and packed.n % (3 * _HEAD) == 0 for packed in layers)
-    return known and cosine.shape[-1] == _HEAD and dtype == torch.bfloat16 and (batch == 1 or len(layers) == 1)
+    known = all(packed.backend == "sm90a" and packed.n % (3 * HEAD) == 0 for packed in layers)
+    return known and cosine.shape[-1] == HEAD and dtype == torch.bfloat16 and (batch == 1 or len(layers) == 1)
 
 
 def project_heads(
@@ -72,7 +72,7 @@ def project_heads(
     flat, blobs = [part for act in acts for part in act], [packed.blob for packed in layers]
     specs = [packed.spec.key for packed in layers]
     joint = _project_heads(flat, blobs, specs, norms, cosine, sine, eps, batch)
-    query, key, value = joint.unflatten(-1, (3, -1, _HEAD)).unbind(2)
+    query, key, value = joint.unflatten(-1, (3, -1, HEAD)).unbind(2)
     return query, key, value
 
 
@@ -80,7 +80,7 @@ def project_heads(
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _angles(cosine: Tensor, sine: Tensor) -> Tensor:
+def angles(cosine: Tensor, sine: Tensor) -> Tensor:
     """(T, D / 2, 2) float16: cosine and sine of each pair."""
     found = _kept.get(cosine)
     if found is None or found[0] is not sine:
@@ -93,14 +93,14 @@ def _launch_projection(
     acts: list[Tensor], blobs: list[Tensor], specs: list[str], norms: list[Tensor], cosine: Tensor, sine: Tensor,
     eps: float, batch: int,
 ) -> Tensor:  # fmt: skip
-    parsed, angles = [parse(spec) for spec in specs], _angles(cosine, sine)
+    parsed, turns = [parse(spec) for spec in specs], angles(cosine, sine)
     joint = torch.empty(batch, len(cosine), parsed[0].n, dtype=torch.bfloat16, device=cosine.device)
     weights, first = [weight.to(torch.bfloat16).contiguous() for weight in norms], 0
     for i, (blob, spec) in enumerate(zip(blobs, parsed, strict=True)):
         act, text = QuantizedAct(*acts[3 * i : 3 * i + 3]), len(blobs) == 2 and i == 0
         length = act.codes.shape[0] // batch
         norm_q, norm_k = weights[2:] if text else weights[:2]
-        place = cuda.Heads(angles, norm_q, norm_k, eps, spec.n // (3 * _HEAD), length, first)
+        place = cuda.Heads(turns, norm_q, norm_k, eps, spec.n // (3 * HEAD), length, first)
         cuda.linear_heads_(joint[:, first : first + length], act, blob, spec, place)
         first += length
     return joint
@@ -131,14 +131,14 @@ def _launch_heads(
     qkv: Tensor, text: Tensor | None, norms: list[Tensor], cosine: Tensor, sine: Tensor, eps: float
 ) -> list[Tensor]:
     module = cuda_kernels()
-    if module is None or qkv.dtype != torch.bfloat16 or cosine.shape[-1] != _HEAD:
+    if module is None or qkv.dtype != torch.bfloat16 or cosine.shape[-1] != HEAD:
         return _plain_heads(qkv, text, norms, cosine, sine, eps)
     (batch, length, width), words = qkv.shape, 0 if text is None else text.shape[1]
-    heads, tokens = width // 3 // _HEAD, length + words
+    heads, tokens = width // 3 // HEAD, length + words
     qkv, rows = qkv.contiguous(), None if text is None else text.contiguous()
     weights = [weight.to(torch.bfloat16).contiguous() for weight in (*norms, *norms)[:4]]
-    made = [qkv.new_empty(batch, tokens, heads, _HEAD) for _ in range(2 if text is None else 3)]
-    read = (rows, qkv, *weights, _angles(cosine, sine), *made)
+    made = [qkv.new_empty(batch, tokens, heads, HEAD) for _ in range(2 if text is None else 3)]
+    read = (rows, qkv, *weights, angles(cosine, sine), *made)
     addresses = [0 if part is None else part.data_ptr() for part in read] + [0] * (3 - len(made))
     with torch.cuda.device(qkv.device):
         stream = torch.cuda.current_stream().cuda_stream

@@ -55,8 +55,17 @@ def passes() -> None:
         turned = torch.randn(count, 128, generator=draw).cuda()
         ops.project_heads(act, [heads], [made(128), made(128)], turned, turned, 1e-6, 1)
     ops.rotate_heads(made(2, 9, 3 * 256), made(2, 5, 3 * 256), [made(128) for _ in range(4)], angles, angles, 1e-6)
+    ops.attention_8bit(
+        made(2, 200, 3 * 256), made(2, 70, 3 * 256), [made(128) for _ in range(4)], *two_angles(270), 1e-6
+    )
     ops.depthwise_glu(made(2, 5, 19, 2 * 300), made(600, 1, 3, 3), made(600), 320)
     ops.linear_attention(made(2, 300, 3 * 96), 3)
+
+
+def two_angles(tokens: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of as many tokens."""
+    angles = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(1)).cuda()
+    return angles.cos(), angles.sin()
 
 
 def other_cards() -> None:

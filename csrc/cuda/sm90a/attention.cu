@@ -35,6 +35,7 @@ Status launch(const Attention& p, cudaStream_t stream) {
 Status attention_inputs_sm90a(const AttentionInputs& p, void* stream) {
   using namespace sm90a;
   if (!p.tokens || !p.batch) return nullptr;
+  key_mean_kernel<<<dim3(p.heads, p.batch), kInputThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
   const dim3 grid((p.tokens + kInputTokens - 1) / kInputTokens, p.heads, p.batch);
   attention_inputs_kernel<<<grid, kInputThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
   const cudaError_t error = cudaGetLastError();

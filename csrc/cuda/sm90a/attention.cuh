@@ -16,6 +16,7 @@ constexpr int kHead = 128;  // elements of a head: one row of 128 bytes
 constexpr int kKeys = 128;  // keys of a tile
 constexpr int kTileBytes = kKeys * kHead;
 constexpr int kTiles = 4;              // in the ring, keys and values each
+constexpr int kStrands = 4;            // of a row, in a thread
 constexpr float kProbabilityBits = 8;  // probabilities are held as 2^8 p: e4m3 then reaches down to 2^-17
 
 template <int kGroups>
@@ -85,11 +86,18 @@ __device__ inline float over_quad_max(float v) {
 
 // Scores -> 2^(score - largest), in place; returns what earlier results must be multiplied with.
 __device__ inline void soften(float (&s)[64], Rows& rows, float (&rescale)[2], float scale) {
-  float largest[2] = {rows.largest[0], rows.largest[1]};
+  // In strands of a row, so that few numbers wait for one another.
+  float most[2][kStrands], sum[2][kStrands] = {}, largest[2];
 #pragma unroll
-  for (int i = 0; i < 64; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], s[i]);
+  for (int i = 0; i < 64; ++i) {
+    float& kept = most[i / 2 % 2][i / 4 % kStrands];
+    kept = i < 4 * kStrands && i % 2 == 0 ? s[i] : fmaxf(kept, s[i]);
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    largest[r] = rows.largest[r];
+#pragma unroll
+    for (int run = 0; run < kStrands; ++run) largest[r] = fmaxf(largest[r], most[r][run]);
     largest[r] = over_quad_max(largest[r]);
     rescale[r] = exp2_fast((rows.largest[r] - largest[r]) * scale);
     rows.largest[r] = largest[r];
@@ -99,7 +107,12 @@ __device__ inline void soften(float (&s)[64], Rows& rows, float (&rescale)[2], f
 #pragma unroll
   for (int i = 0; i < 64; ++i) {
     s[i] = exp2_fast(fmaf(s[i], scale, shift[i / 2 % 2]));
-    rows.total[i / 2 % 2] += s[i];
+    sum[i / 2 % 2][i / 4 % kStrands] += s[i];
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int run = 0; run < kStrands; ++run) rows.total[r] += sum[r][run];
   }
 }
 
@@ -205,8 +218,10 @@ __device__ void attention_multiply(const CUtensorMap& out, const AttentionArgs& 
     soften(s, rows, rescale, p.scale);
     wgmma_wait<0>();
     if (lane == 0) barrier_arrive(at.values_empty + last * 8);
+    if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {  // as a rule a maximum stays
 #pragma unroll
-    for (int i = 0; i < 64; ++i) o[i] *= rescale[i / 2 % 2];
+      for (int i = 0; i < 64; ++i) o[i] *= rescale[i / 2 % 2];
+    }
     pack_scores(s, probabilities);
   }
   const int last = (p.tiles - 1) % kTiles;
