@@ -5,7 +5,7 @@
 Ours is timed with the quantization of its tokens and without (`linear`: widening, low-rank branch and bias included),
 and without a low-rank branch; `low_rank_share` is what the branch adds to quantization and linear together. Everything
 has its turn in each round. From 1,024 tokens on `linear` is timed by form, too: `linear_widened` widens the weights in
-a pass before (of it `widen`), `linear_inline` in the product, behind the low-rank branch's `divide`. `streaming` and
+a pass before (of it `widen`), `linear_beside` in the product, behind the low-rank branch's `divide`. `streaming` and
 `resident` are quantize_act's two forms, where the shape has both. Rivals: torch's BF16 linear, and torch's FP8 product
 with row scales (`_scaled_mm`, fast accumulation), whose weights take twice the memory. Needs compute capability 9.0.
 """
@@ -74,8 +74,8 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
         return cuda._multiply(act, cuda._widen(act, *it, form=form), *it, torch.bfloat16, tile=tile, form=form)
 
     weight, bias = torch.randn(n, k, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
-    forms = {"narrow": cuda.NARROW_FORM, "widened": cuda.WIDENED_FORM, "inline": cuda.INLINE_FORM}
-    both = (("widened", "widen"), ("inline", "divide")) if m >= cuda.WIDE_FROM else ()
+    forms = {"narrow": cuda.NARROW_FORM, "widened": cuda.WIDENED_FORM, "beside": cuda.BESIDE_FORM}
+    both = (("widened", "widen"), ("beside", "divide")) if m >= cuda.WIDE_FROM else ()
     a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
     ones = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
     calls: dict[str, Callable[[], object]] = {

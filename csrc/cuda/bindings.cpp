@@ -45,7 +45,7 @@ Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 
   p.codes = at<const uint8_t>(a[0]), p.wscales = at<const uint16_t>(a[1]), p.row_most = at<const float>(a[2]);
   p.up = at<const uint16_t>(a[3]), p.bias = at<const float>(a[4]);
   p.act = at<const uint8_t>(a[5]), p.act_scale = at<const float>(a[6]), p.low_rank = at<const uint16_t>(a[7]);
-  p.y = at<void>(a[8]), p.wide = at<const uint8_t>(a[9]);
+  p.y = at<void>(a[8]), p.wide = at<uint8_t>(a[9]);
   p.m = sizes[0], p.n = sizes[1], p.k = sizes[2], p.n_valid = sizes[3], p.k_valid = sizes[4], p.rank = sizes[5];
   p.scale_dtype = DType(scale_dtype), p.y_dtype = DType(y_dtype), p.gelu = gelu, p.tile = tile;
   p.form = LinearForm(form);

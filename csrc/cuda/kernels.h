@@ -17,9 +17,9 @@ Status dequantize_int4_sm80(const DequantizeInt4&, void* stream);
 Status dequantize_int4_sm90a(const DequantizeInt4&, void* stream);
 Status dequantize_int4_sm120a(const DequantizeInt4&, void* stream);
 
-// Which product: with group scales, of weights that widen_fp8_sm90a made 8-bit, or making them so on their way (INT4
-// alone). The last two give the same bits and pay for many tokens.
-enum LinearForm { kNarrow, kWidened, kInline };
+// Which product: with group scales, of weights that widen_fp8_sm90a made 8-bit, or making them so itself (INT4 alone).
+// The last two give the same bits and pay for many tokens.
+enum LinearForm { kNarrow, kWidened, kBeside };
 
 // y (M,N) = weights x tokens in W4A8 with e4m3 tokens: sum_g scale_w[g] dot_g, * scale_act, + up x low_rank, + bias.
 //   codes [N/64][K/64][128][16]: what thread t of a warpgroup feeds to wgmma; engine/ops/wgmma64.py draws it
@@ -38,9 +38,9 @@ struct LinearFp8 {
   void* y;
   int64_t m, n, k, n_valid, k_valid, rank;
   DType scale_dtype, y_dtype;
-  bool gelu;            // y = gelu(y), tanh form
-  int tile;             // tokens of a tile: 64, 128 or 176 (kNarrow), 128, 192, 224 or 256 (the others); 0 chooses
-  const uint8_t* wide;  // what widen_fp8_sm90a wrote, on a 128-byte border; kInline: its branch alone, just before this
+  bool gelu;      // y = gelu(y), tanh form
+  int tile;       // tokens of a tile: 64, 128 or 176 (kNarrow), 128, 192, 224 or 256 (the others); 0 chooses
+  uint8_t* wide;  // what widen_fp8_sm90a wrote just before this, on a 128-byte border; kBeside: without weights
   LinearForm form;
   // Where given, y += gate * (what else were y): gate (samples,n_valid) bf16, rows gate_stride elements apart, one for
   // each tokens_per_sample tokens. y is bf16 then, and n_valid a multiple of 8.
@@ -56,8 +56,9 @@ struct LinearFp8 {
 };
 
 // wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; behind them the low-rank branch divided
-// by the product's scales, n * 128 bytes for each 64 ranks (rounded up) and m * rank * 2 (divide.cuh). Other members as
-// there, row_scale is its row_most. Without `weights`: the branch alone, from where `wide` begins. NVFP4: codes are
+// by the product's scales, n * 128 bytes for each 64 ranks (rounded up) and m * rank * 2 (divide.cuh). Without
+// `weights`, which kBeside writes to the same place: the branch alone, and behind it that form's counters, all zero, 4
+// * (1 + n / 128 * (k / 512, rounded up)) bytes. Other members as there, row_scale is its row_most. NVFP4: codes are
 // e2m1 in the same places, wscales [N/64][K/64][4][64] e4m3; row_most is without tensor and row factors.
 struct WidenFp8 {
   const uint8_t* codes;

@@ -18,11 +18,31 @@ def linear_fp8_sm90a(
     gelu: bool,
     tile: int,
     form: int,
+    gate: tuple[int, int, int] | None,
+    heads: tuple[tuple[int, ...], float] | None,
+    stream: int,
+    /,
+) -> str | None: ...
+def widen_fp8_sm90a(
+    addresses: tuple[int, ...],
+    sizes: tuple[int, ...],
+    scale_dtype: int,
+    nvfp4: bool,
+    weights: bool,
     stream: int,
     /,
 ) -> str | None: ...
 def quantize_fp8_sm90a(
-    x: int, m: int, k: int, x_stride: int, target: tuple[int, ...], rank: int, stream: int, /
+    x: int,
+    m: int,
+    k: int,
+    x_stride: int,
+    targets: list[tuple[tuple[int, ...], int]],
+    norm: tuple[int, int, int, int] | None,
+    eps: float,
+    stream: int,
+    form: int,
+    /,
 ) -> str | None: ...
 def quantize_act_sm80(
     parts: tuple[int, ...],

@@ -30,10 +30,9 @@ __all__ = [
 ]
 
 # From so many tokens on a product is faster with weights that are widened to 8 bits (csrc/cuda/sm90a/widen.cuh): by the
-# product itself, or by a pass before it, which NVFP4 always takes. Both give the same bits.
+# product itself, beside its own work, or by a pass before it, which NVFP4 always takes. Both give the same bits.
 WIDE_FROM = 1024
-INLINE = True
-NARROW_FORM, WIDENED_FORM, INLINE_FORM = range(3)  # enum LinearForm in csrc/cuda/kernels.h
+NARROW_FORM, WIDENED_FORM, BESIDE_FORM = range(3)  # enum LinearForm in csrc/cuda/kernels.h
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum DType in csrc/ops.h
 
 
@@ -114,17 +113,19 @@ def _form(spec: Spec, m: int) -> int:
     """Which product m tokens take."""
     if "raw_most" in spec.sections:  # NVFP4, whose groups of 16 the other two do not know
         return WIDENED_FORM
-    wide = INLINE_FORM if INLINE else WIDENED_FORM
-    return wide if m >= WIDE_FROM else NARROW_FORM
+    return BESIDE_FORM if m >= WIDE_FROM else NARROW_FORM
 
 
 def _widen(act: QuantizedAct, blob: Tensor, spec: Spec, *, form: int | None = None) -> Tensor:
-    """What a product of that form reads beside the layer: weights in e4m3, the low-rank branch in their units."""
+    """What a product of that form reads beside the layer: weights in e4m3, the low-rank branch in their units.
+
+    Weights are missing where the product writes them there itself; counters of zero follow instead.
+    """
     parts, base, m = spec.sections, blob.data_ptr(), act.codes.shape[0]
     n, k = (size * 64 for size in parts["codes"].shape[:2])
     form, nvfp4 = _form(spec, m) if form is None else form, "raw_most" in parts
-    weights = form == WIDENED_FORM
-    size = n * k * weights + -(-spec.rank // 64) * n * 128 + m * spec.rank * 2
+    counters = 1 + n // 128 * -(-k // 512)
+    size = n * k + -(-spec.rank // 64) * n * 128 + m * spec.rank * 2 + counters * 4
     wide = torch.empty(0 if form == NARROW_FORM else size, dtype=torch.uint8, device=blob.device)
     if wide.numel() and m:
         names = ("codes", "scales", "raw_most" if nvfp4 else "row_most", "up", "row_most")
@@ -132,7 +133,8 @@ def _widen(act: QuantizedAct, blob: Tensor, spec: Spec, *, form: int | None = No
         addresses = (*(base + parts[name].offset for name in names), *tokens, wide.data_ptr())
         with torch.cuda.device(blob.device):
             stream, sizes = torch.cuda.current_stream().cuda_stream, (m, n, k, spec.rank)
-            check(kernels().widen_fp8_sm90a(addresses, sizes, _scale_dtype(spec), nvfp4, weights, stream))
+            types = _scale_dtype(spec), nvfp4
+            check(kernels().widen_fp8_sm90a(addresses, sizes, *types, form == WIDENED_FORM, stream))
     return wide
 
 

@@ -28,7 +28,7 @@ def linears() -> None:
         packed = ops.pack(ops.CanonicalLinear(**on_device(weight)), "sm90a")
         act = cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(packed.blob, packed.spec)])[0]
         cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(packed.blob, packed.spec)], form=2)
-        wide_forms = (cuda.WIDENED_FORM, cuda.INLINE_FORM)
+        wide_forms = (cuda.WIDENED_FORM, cuda.BESIDE_FORM)
         for form in wide_forms if case.m >= cuda.WIDE_FROM else (cuda.NARROW_FORM,):
             wide = cuda._widen(act, packed.blob, packed.spec, form=form)
             cuda._multiply(act, wide, packed.blob, packed.spec, torch.bfloat16, gelu=True, form=form)

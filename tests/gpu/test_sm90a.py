@@ -100,7 +100,7 @@ FORMS = (Case(1024, 64, 128, 0), Case(1025, 200, 384, 16), Case(1100, 129, 640, 
 @pytest.mark.parametrize("case", FORMS, ids=str)
 @pytest.mark.parametrize("tile", [0, 128, 192, 224, 256])
 def test_both_forms_of_a_product_of_8_bits_agree(tile: int, case: Case, dtype: torch.dtype):
-    """Weights that are widened on their way give the bits of those that were widened before, and so every time."""
+    """Weights that the product widens give the bits of those that were widened before, and so every time."""
     layer = without_minus_eight(random_linear(case))
     layer.wscales[case.n // 3] = 0
     packed, x = ops.pack(on_device(layer), "sm90a", dtype), tokens(case, dtype).cuda()
@@ -113,7 +113,72 @@ def test_both_forms_of_a_product_of_8_bits_agree(tile: int, case: Case, dtype: t
 
     for out, gelu in ((torch.float32, False), (dtype, False), (dtype, True)):
         before = product(cuda.WIDENED_FORM, out, gelu)
-        assert all(torch.equal(before, product(cuda.INLINE_FORM, out, gelu)) for _ in range(3))
+        assert all(torch.equal(before, product(cuda.BESIDE_FORM, out, gelu)) for _ in range(3))
+
+
+# More tiles than clusters, fewer, and parts of three steps.
+AGAIN = (Case(4608, 3072, 768, 32), Case(1025, 640, 3072, 0), Case(1536, 3072, 1408, 16))
+
+
+def pair_of_forms(case: Case):
+    """A call for each form, of the same layer and tokens."""
+    packed = ops.pack(on_device(without_minus_eight(random_linear(case))), "sm90a")
+    where = packed.blob, packed.spec
+    act = cuda._quantize(tokens(case, torch.bfloat16).cuda(), [where])[0]
+
+    def product(form: int) -> Tensor:
+        return cuda._multiply(act, cuda._widen(act, *where, form=form), *where, torch.bfloat16, form=form)
+
+    return lambda: product(cuda.WIDENED_FORM), lambda: product(cuda.BESIDE_FORM)
+
+
+@pytest.mark.parametrize("case", AGAIN, ids=str)
+def test_widening_beside_gives_the_same_bits_fifty_times(case: Case):
+    """Calls in a row, into memory that holds other calls' weights and counters."""
+    before, beside = pair_of_forms(case)
+    wanted = before()
+    found = [beside() for _ in range(50)]
+    assert all(torch.equal(wanted, one) for one in found)
+
+
+@pytest.mark.parametrize("case", AGAIN, ids=str)
+def test_widening_beside_in_a_replayed_graph(case: Case):
+    """Counters start from zero in each replay; two calls of a graph may share their memory."""
+    before, beside = pair_of_forms(case)
+    wanted = before()
+    beside()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one, two = beside(), beside()
+    for _ in range(20):
+        one.zero_(), two.zero_()
+        graph.replay()
+        assert torch.equal(wanted, one)
+        assert torch.equal(wanted, two)
+
+
+def test_widening_beside_on_two_streams():
+    """Two products that have no room beside each other keep neither waiting."""
+    before, beside = pair_of_forms(AGAIN[0])
+    wanted, streams = before(), [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(10):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(beside())
+    torch.cuda.synchronize()
+    assert all(torch.equal(wanted, one) for one in found)
+
+
+def test_a_product_takes_weights_that_are_already_wide():
+    """Once written they are as good as those of the pass before, whatever the tile."""
+    packed = ops.pack(on_device(without_minus_eight(random_linear(AGAIN[2]))), "sm90a")
+    where = packed.blob, packed.spec
+    act = cuda._quantize(tokens(AGAIN[2], torch.bfloat16).cuda(), [where])[0]
+    wide = cuda._widen(act, *where, form=cuda.BESIDE_FORM)
+    made = [cuda._multiply(act, wide, *where, torch.bfloat16, tile=tile) for tile in (256, 128, 224, 192)]
+    assert all(torch.equal(made[0], one) for one in made[1:])
 
 
 def test_rows_of_zeros_keep_their_branch():

@@ -1,5 +1,5 @@
 // Launches the W4A8 linear of Hopper: tensor maps, tile size, grid.
-#include "linear_inline.cuh"
+#include "linear_wide.cuh"
 #include "tensor_map.cuh"
 
 #include <cuda_runtime_api.h>
@@ -29,15 +29,21 @@ int multiprocessors() {
   return count;
 }
 
-// The divided low-rank branch (divide.cuh), behind `weights` bytes of them in `wide`.
-struct Beside {
-  const uint8_t* up;
-  const void* low_rank;
+// What lies behind the weights in `wide`: the divided low-rank branch (divide.cuh), then counters (widen_beside.cuh),
+// one for two panels and some steps, before them one of units.
+struct Behind {
+  uint8_t *up, *low_rank;
+  uint32_t* counters;
+  int counted;
 };
 
-Beside beside_wide(const uint8_t* wide, int64_t weights, int64_t n, int64_t rank) {
-  const uint8_t* up = wide + weights;
-  return {up, up + n / sm90a::kRows * ((rank + sm90a::kRanks - 1) / sm90a::kRanks) * sm90a::kWideBytes};
+Behind behind(uint8_t* wide, int64_t m, int64_t n, int64_t k, int64_t rank) {
+  using namespace sm90a;
+  uint8_t* up = wide + n * k;
+  uint8_t* low_rank = up + n / kRows * ((rank + kRanks - 1) / kRanks) * kWideBytes;
+  const int64_t pairs = (n / kRows + 1) / 2;
+  return {up, low_rank, reinterpret_cast<uint32_t*>(low_rank + m * rank * 2),
+          static_cast<int>(pairs * unit_parts(static_cast<int>(k / kInputs))) + 1};
 }
 
 using Kernel = void (*)(CUtensorMap, CUtensorMap, CUtensorMap, sm90a::Args);
@@ -60,20 +66,28 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
   if (!fits(p, tokens)) return "a tile of tokens would have the gates of two samples";
   CUtensorMap act, low_rank{}, out{};
   bool made = map_rows(&act, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.act, p.m, p.k_valid, tokens / 2);
-  const Beside beside = p.form == kNarrow ? Beside{nullptr, p.low_rank}
-                                          : beside_wide(p.wide, p.form == kWidened ? p.n * p.k : 0, p.n, p.rank);
+  const bool wide = p.form != kNarrow, beside = p.form == kBeside;
+  // A counter stands for two panels, and a product would wait for the second for ever.
+  if (beside && panels % 2) return "outputs are padded to a multiple of 128";
+  const Behind parts = wide ? behind(p.wide, p.m, p.n, p.k, p.rank) : Behind{};
   if (p.rank) {
-    made &= map_rows(&low_rank, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, beside.low_rank, p.m, p.rank, tokens / 2);
+    const void* data = wide ? static_cast<const void*>(parts.low_rank) : p.low_rank;
+    made &= map_rows(&low_rank, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, p.m, p.rank, tokens / 2);
   }
   if (boxed) made &= map_rows(&out, sixteen_bits(p.y_dtype), 2, p.y, p.m, p.n_valid, out_tokens);
   if (!made) return "the driver refused to describe a tensor to the copy engine";
+  const int64_t tiles = token_tiles * pairs, running = std::min<int64_t>(tiles, clusters);
+  const int64_t first_panels = std::min(panels, (running + token_tiles - 1) / token_tiles * 4);
   const Args args{p.codes,
                   p.wscales,
                   p.up,
                   p.bias,
                   p.act_scale,
                   p.wide,
-                  beside.up,
+                  parts.up,
+                  beside ? parts.counters : nullptr,
+                  beside ? parts.counters + 1 : nullptr,
+                  static_cast<int>(first_panels),
                   p.row_most,
                   p.y,
                   static_cast<int>(p.m),
@@ -82,7 +96,7 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
                   static_cast<int>(p.k / kInputs),
                   static_cast<int>(p.rank),
                   static_cast<int>(token_tiles),
-                  static_cast<int>(token_tiles * pairs),
+                  static_cast<int>(tiles),
                   p.scale_dtype,
                   p.y_dtype,
                   boxed,
@@ -98,17 +112,17 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
                   p.first_position};
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  // The product's CTAs come while the last blocks of the widening, or of the division, run: the kernel before, if any.
+  // The product's CTAs come while the last blocks of the widening, or of the division, run: the kernel before.
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(2 * (args.tiles < clusters ? args.tiles : clusters)));
+  config.gridDim = dim3(static_cast<unsigned>(2 * running));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = p.form == kWidened || (p.form == kInline && p.rank) ? 1 : 0;
+  config.numAttrs = wide ? 1 : 0;
   error = cudaLaunchKernelEx(&config, kernel, act, low_rank, out, args);
   if (error == cudaSuccess) error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -124,8 +138,7 @@ template <int kTokens>
 Status wide(const LinearFp8& p, int clusters, cudaStream_t stream) {
   using namespace sm90a;
   using S = WideShape<kTokens>;
-  const Kernel kernel = p.form == kInline ? linear_inline_kernel<kTokens> : linear_wide_kernel<kTokens>;
-  return launch(kernel, p, kTokens, S::kOut, S::kShared, clusters, stream);
+  return launch(linear_wide_kernel<kTokens>, p, kTokens, S::kOut, S::kShared, clusters, stream);
 }
 
 // Rounds of tiles, in tokens: what the slowest cluster does. The constant stands for a tile's start and end.
@@ -135,10 +148,11 @@ int64_t rounds(const LinearFp8& p, int tokens, int clusters) {
 }
 
 sm90a::Divide divided(const WidenFp8& p) {
-  const Beside beside = beside_wide(p.wide, p.weights ? p.n * p.k : 0, p.n, p.rank);
-  const auto out = [](const void* part) { return static_cast<uint16_t*>(const_cast<void*>(part)); };
-  return {p.up,           p.low_rank,           p.row_scale,           p.act_scale,
-          out(beside.up), out(beside.low_rank), static_cast<int>(p.m), static_cast<int>(p.rank)};
+  const Behind parts = behind(p.wide, p.m, p.n, p.k, p.rank);
+  const auto out = [](uint8_t* part) { return reinterpret_cast<uint16_t*>(part); };
+  return {p.up,           p.low_rank,          p.row_scale,           p.act_scale,
+          out(parts.up),  out(parts.low_rank), static_cast<int>(p.m), static_cast<int>(p.rank),
+          parts.counters, parts.counted};
 }
 
 // The weights, and the branch with them where there is one.
@@ -159,7 +173,7 @@ Status widen_fp8_sm90a(const WidenFp8& p, void* stream) {
   const int panels = static_cast<int>(p.n / sm90a::kRows);
   if (p.weights) {
     widen(p, panels, at);
-  } else if (p.rank) {
+  } else {
     sm90a::divide_kernel<<<panels, 128, 0, at>>>(divided(p));
   }
   const cudaError_t error = cudaGetLastError();

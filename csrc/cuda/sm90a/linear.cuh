@@ -40,7 +40,12 @@ struct Args {
   const uint16_t* up;
   const float* bias;
   const float* act_scale;
-  const uint8_t *wide, *wide_up;  // weights in e4m3, see widen.cuh, and the up-projection, see divide.cuh
+  uint8_t* wide;           // weights in e4m3, see widen.cuh
+  const uint8_t* wide_up;  // the up-projection, see divide.cuh
+  // Where the product widens its own weights (widen_beside.cuh): units that were drawn, quarters of two panels that are
+  // ready, panels that the first round of tiles needs. Else null.
+  uint32_t *drawn, *ready;
+  int first_panels;
   const float* row_most;
   void* y;
   int m, n_valid, panels, steps, rank, token_tiles, tiles;
@@ -424,12 +429,11 @@ __device__ void compute(const CUtensorMap& out, const Args& p, Stage<kTokens> at
   if (thread == 0) store_wait_read();  // this shared memory may be another CTA's soon
 }
 
-// The ring's barriers, set up by one thread of each CTA before cluster_sync. A stage is full after `filling` arrivals
-// and the bytes that one of them announces.
+// The ring's barriers, set up by one thread of each CTA before cluster_sync.
 template <int kStages>
-__device__ void begin_ring(uint32_t full, uint32_t empty, uint32_t filling = 1) {
+__device__ void begin_ring(uint32_t full, uint32_t empty) {
   for (int i = 0; i < kStages; ++i) {
-    barrier_init(full + i * 8, filling);
+    barrier_init(full + i * 8, 1);
     barrier_init(empty + i * 8, 16);  // every multiplying warp of both CTAs
   }
   fence_barrier_init();
