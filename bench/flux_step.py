@@ -177,7 +177,8 @@ def main() -> None:
     """Parse the command line, measure each variant, write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", default=["bf16", "int4"],
-                        help="bf16, fp8, fp8mm, int4, int4a4, int4q8 (8-bit attention), nvfp4; with -eager not compiled")  # fmt: skip
+                        help="bf16, fp8, fp8mm, int4, int4a4, int4q8 (8-bit attention), nvfp4; "
+                        "with -eager not compiled")  # fmt: skip
     parser.add_argument("--size", type=int, default=1024, help="pixels of a side")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=32)

@@ -4,10 +4,9 @@
 
 Ours is timed with the quantization of its tokens and without (`linear`: widening, low-rank branch and bias included),
 and without a low-rank branch; `low_rank_share` is what the branch adds to quantization and linear together. Everything
-has its turn in each round. From 1,024 tokens on `linear` is timed by form, too: `linear_widened` widens the weights in
-a pass before (of it `widen`), `linear_beside` in the product, behind the low-rank branch's `divide`. `streaming` and
-`resident` are quantize_act's two forms, where the shape has both. Rivals: torch's BF16 linear, and torch's FP8 product
-with row scales (`_scaled_mm`, fast accumulation), whose weights take twice the memory. Needs compute capability 9.0.
+has its turn in each round. `streaming` and `resident` are quantize_act's two forms, where the shape has both. Rivals:
+torch's BF16 linear, and torch's FP8 product with row scales (`_scaled_mm`, fast accumulation), whose weights take twice
+the memory. Needs compute capability 9.0.
 """
 
 from __future__ import annotations
@@ -70,12 +69,13 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
     target, plain = (packed.blob, packed.spec), (bare.blob, bare.spec)
     act, act_0 = (cuda._quantize(x, [it])[0] for it in (target, plain))
 
-    def multiply(act: ops.QuantizedAct, it: tuple, tile: int = 0, form: int | None = None) -> torch.Tensor:
-        return cuda._multiply(act, cuda._widen(act, *it, form=form), *it, torch.bfloat16, tile=tile, form=form)
+    def multiply(act: ops.QuantizedAct, it: tuple, tile: int = 0, wide_from: int = WIDE_FROM) -> torch.Tensor:
+        cuda.WIDE_FROM = wide_from
+        y = cuda._multiply(act, cuda._widen(act, *it), *it, torch.bfloat16, tile=tile)
+        cuda.WIDE_FROM = WIDE_FROM
+        return y
 
     weight, bias = torch.randn(n, k, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
-    forms = {"narrow": cuda.NARROW_FORM, "widened": cuda.WIDENED_FORM, "beside": cuda.BESIDE_FORM}
-    both = (("widened", "widen"), ("beside", "divide")) if m >= cuda.WIDE_FROM else ()
     a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
     ones = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
     calls: dict[str, Callable[[], object]] = {
@@ -89,16 +89,14 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
         "quantize_resident": lambda: cuda._quantize(x, [target], form=2),
         "quantize_streaming_rank_0": lambda: cuda._quantize(x, [plain], form=1),
         "quantize_resident_rank_0": lambda: cuda._quantize(x, [plain], form=2),
-        **{f"linear_{name}": partial(multiply, act, target, 0, forms[name]) for name, _ in both},
-        **{f"linear_{name}_rank_0": partial(multiply, act_0, plain, 0, forms[name]) for name, _ in both},
-        **{part: partial(cuda._widen, act, *target, form=forms[name]) for name, part in both},
+        **({"widen": lambda: cuda._widen(act, *target)} if m >= WIDE_FROM else {}),
         "bf16": lambda: torch.nn.functional.linear(x, weight, bias),
         "fp8": lambda: torch._scaled_mm(a, b.T, *ones, out_dtype=torch.bfloat16, use_fast_accum=True),
     }
     for tile in tiles:
-        for name, form in forms.items():
+        for name, start in (("narrow", 1 << 30), ("wide", 0)):
             if tile in (0, 128, *((64, 176) if name == "narrow" else (192, 224, 256))):
-                calls[f"{name}{tile or ''}"] = partial(multiply, act, target, tile, form)
+                calls[f"{name}{tile or ''}"] = partial(multiply, act, target, tile, start)
     times = {"m": m, "n": n, "k": k} | microseconds(calls)
     flops = 2e-6 * m * n * k
     told = {key: value if key in "mnk" else {"us": round(value, 1), "tflops": round(flops / value, 1)}
@@ -106,6 +104,9 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
     told["against_bf16"] = round(times["bf16"] / times["linear"], 2)
     told["low_rank_share"] = round(times["ours"] / times["ours_rank_0"] - 1, 3)
     return told
+
+
+WIDE_FROM = 1024
 
 
 def main() -> None:

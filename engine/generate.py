@@ -69,7 +69,7 @@ class Engine:
         """Open `model` in `precision` ("bf16" or one of the model's 4-bit checkpoints).
 
         `activation` ("auto", "w4a4", "w4a8") is how 4-bit linears see their input; `attention` ("16bit", "8bit") is in
-        how many bits a 4-bit FLUX takes its attention. `share` is an engine of the same
+        how many bits a 4-bit FLUX holds attention's probabilities and values. `share` is an engine of the same
         model whose text encoders and VAE are used again. `progress` is told in words what is being loaded.
         Raises ModelError, CheckpointError, BackendError or ArgumentError, each with one sentence saying what to do.
         """

@@ -76,8 +76,8 @@ def add_groups(this: argparse.ArgumentParser) -> Any:
     )  # fmt: skip
     models.add_argument(
         "--attention", default="16bit", choices=ATTENTIONS,
-        help="what 4-bit FLUX models take their attention in: 16 bits (the default), or 8, which is faster on Hopper "
-        "and comes less close to the 16-bit picture",
+        help="what 4-bit FLUX models hold attention's probabilities and values in: 16 bits (the default), or 8, "
+        "which is faster on Hopper",
     )  # fmt: skip
     models.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda[:index] (default auto)")
     _add_serving(this)

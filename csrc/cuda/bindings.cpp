@@ -40,15 +40,14 @@ using Gate = std::optional<std::array<int64_t, 3>>;
 using Heads = std::optional<std::pair<std::array<int64_t, 6>, float>>;
 
 Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 6>& sizes, int scale_dtype, int y_dtype,
-                  bool gelu, int tile, int form, const Gate& gate, const Heads& heads, uintptr_t stream) {
+                  bool gelu, int tile, const Gate& gate, const Heads& heads, uintptr_t stream) {
   LinearFp8 p{};
   p.codes = at<const uint8_t>(a[0]), p.wscales = at<const uint16_t>(a[1]), p.row_most = at<const float>(a[2]);
   p.up = at<const uint16_t>(a[3]), p.bias = at<const float>(a[4]);
   p.act = at<const uint8_t>(a[5]), p.act_scale = at<const float>(a[6]), p.low_rank = at<const uint16_t>(a[7]);
-  p.y = at<void>(a[8]), p.wide = at<uint8_t>(a[9]);
+  p.y = at<void>(a[8]), p.wide = at<const uint8_t>(a[9]);
   p.m = sizes[0], p.n = sizes[1], p.k = sizes[2], p.n_valid = sizes[3], p.k_valid = sizes[4], p.rank = sizes[5];
   p.scale_dtype = DType(scale_dtype), p.y_dtype = DType(y_dtype), p.gelu = gelu, p.tile = tile;
-  p.form = LinearForm(form);
   p.tokens_per_sample = p.m;
   if (gate) p.gate = at<const uint16_t>((*gate)[0]), p.gate_stride = (*gate)[1], p.tokens_per_sample = (*gate)[2];
   if (heads) {
@@ -63,11 +62,11 @@ Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 
 
 // Addresses and sizes in the order of the struct's members.
 Status widen_fp8(const std::array<uintptr_t, 8>& a, const std::array<int64_t, 4>& sizes, int scale_dtype, bool nvfp4,
-                 bool weights, uintptr_t stream) {
+                 uintptr_t stream) {
   return widen_fp8_sm90a(
       {at<const uint8_t>(a[0]), at<const void>(a[1]), at<const float>(a[2]), at<const uint16_t>(a[3]),
        at<const float>(a[4]), at<const float>(a[5]), at<const uint16_t>(a[6]), at<uint8_t>(a[7]), sizes[0], sizes[1],
-       sizes[2], sizes[3], DType(scale_dtype), nvfp4, weights},
+       sizes[2], sizes[3], DType(scale_dtype), nvfp4},
       at<void>(stream));
 }
 
@@ -155,23 +154,13 @@ Status rotate_heads(const std::array<uintptr_t, 10>& a, const std::array<int, 4>
       at<void>(stream));
 }
 
-// Addresses: those of AttentionInputs in the order of its members, then of the result; sizes as above.
-Status attention(const std::array<uintptr_t, 12>& a, const std::array<int, 4>& sizes, float eps, float scale,
-                 float qk_scale, float v_scale, uintptr_t stream) {
-  AttentionInputs in{};
-  in.text = at<const void>(a[0]), in.picture = at<const void>(a[1]);
-  in.norm_q = at<const void>(a[2]), in.norm_k = at<const void>(a[3]);
-  in.text_norm_q = at<const void>(a[4]), in.text_norm_k = at<const void>(a[5]);
-  in.angles = at<const void>(a[6]), in.key_mean = at<float>(a[7]);
-  in.q = at<uint8_t>(a[8]), in.k = at<uint8_t>(a[9]), in.v = at<uint8_t>(a[10]);
-  in.batch = sizes[0], in.heads = sizes[1], in.tokens = sizes[2], in.text_tokens = sizes[3];
-  in.padded_tokens = (in.tokens + 127) / 128 * 128;
-  in.text_stride = in.picture_stride = int64_t{3} * in.heads * 128;
-  in.eps = eps, in.qk_scale = qk_scale, in.v_scale = v_scale;
-  const Status failed = attention_inputs_sm90a(in, at<void>(stream));
-  if (failed) return failed;
-  return attention_sm90a({in.q, in.k, in.v, at<void>(a[11]), in.batch, in.heads, in.tokens, scale, qk_scale, v_scale},
-                         at<void>(stream));
+// Addresses of q, k, v, values, out; strides of tokens and samples of q, k, v; sizes: batch, heads, tokens.
+Status attention(const std::array<uintptr_t, 5>& a, const std::array<int64_t, 6>& strides,
+                 const std::array<int64_t, 3>& sizes, float scale, float v_scale, uintptr_t stream) {
+  const auto view = [&](int i) { return HeadsView{at<const void>(a[i]), strides[2 * i], strides[2 * i + 1]}; };
+  return attention_sm90a(
+      {view(0), view(1), view(2), at<uint8_t>(a[3]), at<void>(a[4]), sizes[0], sizes[1], sizes[2], scale, v_scale},
+      at<void>(stream));
 }
 
 // Addresses in the order of the struct's members; sizes: batch, height, width, channels, padded.

@@ -17,10 +17,6 @@ Status dequantize_int4_sm80(const DequantizeInt4&, void* stream);
 Status dequantize_int4_sm90a(const DequantizeInt4&, void* stream);
 Status dequantize_int4_sm120a(const DequantizeInt4&, void* stream);
 
-// Which product: with group scales, of weights that widen_fp8_sm90a made 8-bit, or making them so itself (INT4 alone).
-// The last two give the same bits and pay for many tokens.
-enum LinearForm { kNarrow, kWidened, kBeside };
-
 // y (M,N) = weights x tokens in W4A8 with e4m3 tokens: sum_g scale_w[g] dot_g, * scale_act, + up x low_rank, + bias.
 //   codes [N/64][K/64][128][16]: what thread t of a warpgroup feeds to wgmma; engine/ops/wgmma64.py draws it
 //   wscales [N/64][K/64][64] 16-bit; row_most (N) fp32, a row's largest scale; up (N,R) bf16; bias (N) fp32; act
@@ -38,10 +34,9 @@ struct LinearFp8 {
   void* y;
   int64_t m, n, k, n_valid, k_valid, rank;
   DType scale_dtype, y_dtype;
-  bool gelu;      // y = gelu(y), tanh form
-  int tile;       // tokens of a tile: 64, 128 or 176 (kNarrow), 128, 192, 224 or 256 (the others); 0 chooses
-  uint8_t* wide;  // what widen_fp8_sm90a wrote just before this, on a 128-byte border; kBeside: without weights
-  LinearForm form;
+  bool gelu;            // y = gelu(y), tanh form
+  int tile;             // tokens of a tile: 64, 128 or 176 (128, 192, 224 or 256 where `wide` is given); 0 chooses
+  const uint8_t* wide;  // what widen_fp8_sm90a wrote, on a 128-byte border, or null: pays for many tokens
   // Where given, y += gate * (what else were y): gate (samples,n_valid) bf16, rows gate_stride elements apart, one for
   // each tokens_per_sample tokens. y is bf16 then, and n_valid a multiple of 8.
   const uint16_t* gate;
@@ -56,10 +51,9 @@ struct LinearFp8 {
 };
 
 // wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; behind them the low-rank branch divided
-// by the product's scales, n * 128 bytes for each 64 ranks (rounded up) and m * rank * 2 (divide.cuh). Without
-// `weights`, which kBeside writes to the same place: the branch alone, and behind it that form's counters, all zero, 4
-// * (1 + n / 128 * (k / 512, rounded up)) bytes. Other members as there, row_scale is its row_most. NVFP4: codes are
-// e2m1 in the same places, wscales [N/64][K/64][4][64] e4m3; row_most is without tensor and row factors.
+// by the product's scales, n * 128 bytes for each 64 ranks (rounded up) and m * rank * 2 (divide.cuh). Other members as
+// there, row_scale is its row_most. NVFP4: codes are e2m1 in the same places, wscales [N/64][K/64][4][64] e4m3;
+// row_most is without tensor and row factors.
 struct WidenFp8 {
   const uint8_t* codes;
   const void* wscales;
@@ -71,7 +65,7 @@ struct WidenFp8 {
   uint8_t* wide;
   int64_t m, n, k, rank;
   DType scale_dtype;
-  bool nvfp4, weights;
+  bool nvfp4;
 };
 
 // A linear that reads the tokens of QuantizeFp8: inv_smooth (K) fp32 or null, down [K/32][R/8][8][32] bf16 (what a warp
@@ -145,27 +139,20 @@ struct RotateHeads {
   float eps;
 };
 
-// What 8-bit attention reads, from the projections of a joint sequence: text tokens first, then the picture's. A row of
-// text or picture is q, k, v of all heads (3 * heads * 128 bf16); angles as in LinearFp8. q, k: (batch * heads, tokens,
-// 128) e4m3 after RMS norm, rotation and qk_scale, k less key_mean (batch * heads, 128), which is written first; v:
-// (batch * heads, 128, padded_tokens), a multiple of 128.
-struct AttentionInputs {
-  const void *text, *picture;
-  int64_t text_stride, picture_stride;
-  const void *text_norm_q, *text_norm_k, *norm_q, *norm_k;
-  const void* angles;
-  float* key_mean;
-  uint8_t *q, *k, *v;
-  int batch, heads, tokens, text_tokens, padded_tokens;
-  float eps, qk_scale, v_scale;
+// (batch, tokens, heads, 128) bf16: heads side by side, tokens and samples so many elements apart, on 16-byte borders.
+struct HeadsView {
+  const void* data;
+  int64_t token_stride, batch_stride;
 };
 
-// out (batch, tokens, heads * 128) bf16 = softmax(scale q k^T) v.
+// out (batch, tokens, heads * 128) bf16 = softmax(scale q k^T) v, probabilities and v_scale v in e4m3. values (batch *
+// heads * 128 * tokens rounded up to 128) bytes to work in.
 struct Attention {
-  const uint8_t *q, *k, *v;
+  HeadsView q, k, v;
+  uint8_t* values;
   void* out;
   int64_t batch, heads, tokens;
-  float scale, qk_scale, v_scale;
+  float scale, v_scale;
 };
 
 // Ampere and everything after it, on the layouts of ops.h ("panel16"): pointers there are device memory. Rows of x, and
@@ -181,7 +168,6 @@ Status linear_attention_sm80(const LinearAttention&, void* stream);
 Status widen_fp8_sm90a(const WidenFp8&, void* stream);
 Status linear_fp8_sm90a(const LinearFp8&, void* stream);
 Status quantize_fp8_sm90a(const QuantizeFp8&, void* stream);
-Status attention_inputs_sm90a(const AttentionInputs&, void* stream);
 Status attention_sm90a(const Attention&, void* stream);
 
 }  // namespace nibble

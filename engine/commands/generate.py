@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--activation", default="auto", help="what 4-bit layers see: auto, w4a8 (8-bit) or w4a4 (4-bit)"
     )
-    parser.add_argument("--attention", default="16bit", help="what a 4-bit FLUX takes its attention in: 16bit or 8bit")
+    parser.add_argument(
+        "--attention", default="16bit", help="what a 4-bit FLUX holds attention's values in: 16bit or 8bit"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:index]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")

@@ -17,7 +17,6 @@ def linear_fp8_sm90a(
     y_dtype: int,
     gelu: bool,
     tile: int,
-    form: int,
     gate: tuple[int, int, int] | None,
     heads: tuple[tuple[int, ...], float] | None,
     stream: int,
@@ -28,7 +27,6 @@ def widen_fp8_sm90a(
     sizes: tuple[int, ...],
     scale_dtype: int,
     nvfp4: bool,
-    weights: bool,
     stream: int,
     /,
 ) -> str | None: ...
@@ -77,4 +75,13 @@ def awq_linear_sm80(
 def depthwise_glu_sm80(addresses: tuple[int, ...], sizes: tuple[int, ...], stream: int, /) -> str | None: ...
 def linear_attention_sm80(
     addresses: tuple[int, ...], sizes: tuple[int, ...], epsilon: float, stream: int, /
+) -> str | None: ...
+def attention_sm90a(
+    addresses: tuple[int, ...],
+    strides: tuple[int, ...],
+    sizes: tuple[int, int, int],
+    scale: float,
+    v_scale: float,
+    stream: int,
+    /,
 ) -> str | None: ...

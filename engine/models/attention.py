@@ -1,4 +1,4 @@
-"""In how many bits the attention of a model is taken."""
+"""In how many bits attention holds its probabilities and values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ ATTENTIONS = ("16bit", "8bit")
 
 
 def set_attention(transformer: Any, attention: str) -> None:
-    """Take the attention of a 4-bit FLUX transformer in 16 bits, or in 8 (ops.attention_8bit), from the next step on.
+    """Let a 4-bit FLUX transformer hold probabilities and values of its attention in 16 bits, or in 8.
+
+    ops.attention_8bit says what that is; it counts from the next step on.
 
     Raises ArgumentError for an unknown name, and for 8 bits where the model has none: SANA's attention is linear, and
     16-bit models run as diffusers wrote them.

@@ -29,10 +29,8 @@ __all__ = [
     "svdq_linear",
 ]
 
-# From so many tokens on a product is faster with weights that are widened to 8 bits (csrc/cuda/sm90a/widen.cuh): by the
-# product itself, beside its own work, or by a pass before it, which NVFP4 always takes. Both give the same bits.
+# From so many tokens on a product is faster with weights that were widened to 8 bits first (csrc/cuda/sm90a/widen.cuh).
 WIDE_FROM = 1024
-NARROW_FORM, WIDENED_FORM, BESIDE_FORM = range(3)  # enum LinearForm in csrc/cuda/kernels.h
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum DType in csrc/ops.h
 
 
@@ -109,44 +107,29 @@ def _only_fp8(mode: str) -> None:
         raise ArgumentError(f"mode: expected fp8 on backend sm90a, got {mode!r}")
 
 
-def _form(spec: Spec, m: int) -> int:
-    """Which product m tokens take."""
-    if "raw_most" in spec.sections:  # NVFP4, whose groups of 16 the other two do not know
-        return WIDENED_FORM
-    return BESIDE_FORM if m >= WIDE_FROM else NARROW_FORM
-
-
-def _widen(act: QuantizedAct, blob: Tensor, spec: Spec, *, form: int | None = None) -> Tensor:
-    """What a product of that form reads beside the layer: weights in e4m3, the low-rank branch in their units.
-
-    Weights are missing where the product writes them there itself; counters of zero follow instead.
-    """
+def _widen(act: QuantizedAct, blob: Tensor, spec: Spec) -> Tensor:
+    """The weights in e4m3 and the low-rank branch in their units, or nothing where that does not pay."""
     parts, base, m = spec.sections, blob.data_ptr(), act.codes.shape[0]
     n, k = (size * 64 for size in parts["codes"].shape[:2])
-    form, nvfp4 = _form(spec, m) if form is None else form, "raw_most" in parts
-    counters = 1 + n // 128 * -(-k // 512)
-    size = n * k + -(-spec.rank // 64) * n * 128 + m * spec.rank * 2 + counters * 4
-    wide = torch.empty(0 if form == NARROW_FORM else size, dtype=torch.uint8, device=blob.device)
+    nvfp4 = "raw_most" in parts  # whose groups of 16 the product for few tokens does not know
+    size = n * k + -(-spec.rank // 64) * n * 128 + m * spec.rank * 2
+    wide = torch.empty(size if nvfp4 or m >= WIDE_FROM else 0, dtype=torch.uint8, device=blob.device)
     if wide.numel() and m:
         names = ("codes", "scales", "raw_most" if nvfp4 else "row_most", "up", "row_most")
         tokens = (act.scales.data_ptr(), act.low_rank.data_ptr())
         addresses = (*(base + parts[name].offset for name in names), *tokens, wide.data_ptr())
         with torch.cuda.device(blob.device):
             stream, sizes = torch.cuda.current_stream().cuda_stream, (m, n, k, spec.rank)
-            types = _scale_dtype(spec), nvfp4
-            check(kernels().widen_fp8_sm90a(addresses, sizes, *types, form == WIDENED_FORM, stream))
+            check(kernels().widen_fp8_sm90a(addresses, sizes, _scale_dtype(spec), nvfp4, stream))
     return wide
 
 
 def _multiply(
     act: QuantizedAct, wide: Tensor, blob: Tensor, spec: Spec, out_dtype: torch.dtype,
     *, gelu: bool = False, tile: int = 0, out: Tensor | None = None, gate: Tensor | None = None,
-    heads: Heads | None = None, form: int | None = None,
+    heads: Heads | None = None,
 ) -> Tensor:  # fmt: skip
-    """y (M, N), in `out` where that is given; with a gate (B, N), out (B, T, N) += gate * y.
-
-    Of a form, and a tile, that is chosen where none is given; `wide` is what _widen made for that form.
-    """
+    """y (M, N), in `out` where that is given; with a gate (B, N), out (B, T, N) += gate * y."""
     codes, scales, low_rank = act
     parts, m = spec.sections, codes.shape[0]
     y = torch.empty((m, spec.n), dtype=out_dtype, device=codes.device) if out is None else out
@@ -162,8 +145,8 @@ def _multiply(
     addresses = (*weights, *tokens, wide.data_ptr() if wide.numel() else 0)
     with torch.cuda.device(codes.device):
         stream = torch.cuda.current_stream().cuda_stream
-        types, form = (_scale_dtype(spec), DTYPES[out_dtype]), _form(spec, m) if form is None else form
-        check(kernels().linear_fp8_sm90a(addresses, sizes, *types, gelu, tile, form, gates, turned, stream))
+        types = _scale_dtype(spec), DTYPES[out_dtype]
+        check(kernels().linear_fp8_sm90a(addresses, sizes, *types, gelu, tile, gates, turned, stream))
     return y
 
 

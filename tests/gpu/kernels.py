@@ -28,13 +28,10 @@ def linears() -> None:
         packed = ops.pack(ops.CanonicalLinear(**on_device(weight)), "sm90a")
         act = cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(packed.blob, packed.spec)])[0]
         cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(packed.blob, packed.spec)], form=2)
-        wide_forms = (cuda.WIDENED_FORM, cuda.BESIDE_FORM)
-        for form in wide_forms if case.m >= cuda.WIDE_FROM else (cuda.NARROW_FORM,):
-            wide = cuda._widen(act, packed.blob, packed.spec, form=form)
-            cuda._multiply(act, wide, packed.blob, packed.spec, torch.bfloat16, gelu=True, form=form)
-            stream = torch.zeros(1, case.m, case.n, dtype=torch.bfloat16).cuda()
-            gate = stream[:, 0].clone()
-            cuda._multiply(act, wide, packed.blob, packed.spec, torch.bfloat16, form=form, out=stream, gate=gate)
+        wide = cuda._widen(act, packed.blob, packed.spec)
+        cuda._multiply(act, wide, packed.blob, packed.spec, torch.bfloat16, gelu=True)
+        stream = torch.zeros(1, case.m, case.n, dtype=torch.bfloat16).cuda()
+        cuda._multiply(act, wide, packed.blob, packed.spec, torch.bfloat16, out=stream, gate=stream[:, 0].clone())
 
 
 def passes() -> None:
@@ -55,17 +52,9 @@ def passes() -> None:
         turned = torch.randn(count, 128, generator=draw).cuda()
         ops.project_heads(act, [heads], [made(128), made(128)], turned, turned, 1e-6, 1)
     ops.rotate_heads(made(2, 9, 3 * 256), made(2, 5, 3 * 256), [made(128) for _ in range(4)], angles, angles, 1e-6)
-    ops.attention_8bit(
-        made(2, 200, 3 * 256), made(2, 70, 3 * 256), [made(128) for _ in range(4)], *two_angles(270), 1e-6
-    )
+    ops.attention_8bit(*(made(2, 270, 2, 128) for _ in range(3)))
     ops.depthwise_glu(made(2, 5, 19, 2 * 300), made(600, 1, 3, 3), made(600), 320)
     ops.linear_attention(made(2, 300, 3 * 96), 3)
-
-
-def two_angles(tokens: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of as many tokens."""
-    angles = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(1)).cuda()
-    return angles.cos(), angles.sin()
 
 
 def other_cards() -> None:

@@ -13,24 +13,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
-    ("batch", "words", "length", "heads"), [(1, 0, 300, 2), (2, 77, 256, 3), (1, 5, 90, 1), (1, 512, 4096, 24)]
-)
-def test_it_agrees_with_the_definition(batch: int, words: int, length: int, heads: int):
+@pytest.mark.parametrize("shape", [(1, 300, 2), (2, 333, 3), (1, 95, 1), (3, 64, 2), (1, 4608, 24)], ids=str)
+@pytest.mark.parametrize("joint", [True, False])
+def test_it_agrees_with_the_definition(shape: tuple[int, int, int], joint: bool):
+    """Of views of one tensor, as a projection leaves them, and of tensors apart."""
+    batch, tokens, heads = shape
     draw = torch.Generator("cuda").manual_seed(7)
-    made = lambda *shape: torch.randn(*shape, generator=draw, device="cuda")  # noqa: E731
-    qkv = made(batch, length, 3 * heads * 128)
-    qkv[..., heads * 128 : 2 * heads * 128] += 2 * made(heads * 128)
-    text = made(batch, words, 3 * heads * 128).bfloat16() if words else None
-    norms = [(1 + 0.2 * made(128)).bfloat16() for _ in range(4 if words else 2)]
-    angles = made(words + length, 64)
-    rotary = [part.repeat_interleave(2, dim=1) for part in (angles.cos(), angles.sin())]
-    arguments = (qkv.bfloat16(), text, norms, *rotary, 1e-6)
-    got, wanted = ops.attention_8bit(*arguments), _plain(*arguments)
-    query, key, value = (part.transpose(1, 2).float() for part in ops.rotate_heads(*arguments))
-    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    qkv = torch.randn(batch, tokens, 3, heads, 128, generator=draw, device="cuda").bfloat16()
+    query, key, value = (part if joint else part.contiguous() for part in qkv.unbind(2))
+    got, wanted = ops.attention_8bit(query, key, value), _plain(query, key, value)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        *(part.transpose(1, 2).float() for part in (query, key, value))
+    )
+    exact = exact.transpose(1, 2).flatten(2)
     assert got.shape == exact.shape
-    # A code that is rounded the other way is a sixteenth off; there are few.
+    # A code that is rounded the other way is a sixteenth off: probabilities are taken of the largest score so far.
     assert (got.float() - wanted.float()).norm() < 0.03 * exact.norm()
-    assert (got.float() - exact).norm() < 0.07 * exact.norm()
-    assert torch.equal(got, ops.attention_8bit(*arguments))
+    assert (got.float() - exact).norm() < 0.05 * exact.norm()
+    assert torch.equal(got, ops.attention_8bit(query, key, value))

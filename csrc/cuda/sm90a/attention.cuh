@@ -1,4 +1,5 @@
-// Attention of Hopper in 8 bits: softmax(q k^T / sqrt(128)) v for heads of 128, q, k, v and probabilities in e4m3.
+// Attention of Hopper with 8-bit probabilities and values: softmax(q k^T / sqrt(128)) v for heads of 128. Scores come
+// from 16-bit queries and keys (in e4m3 they cost pictures 3 dB); what is multiplied with the values is e4m3.
 //
 // A CTA takes 64 queries of one head for each multiplying warpgroup; keys and values come through a ring of tiles of
 // 128. The product of the next tile's scores runs while the last tile's values are summed, and one warpgroup's
@@ -12,9 +13,11 @@
 
 namespace nibble::sm90a {
 
-constexpr int kHead = 128;  // elements of a head: one row of 128 bytes
+constexpr int kHead = 128;  // elements of a head
 constexpr int kKeys = 128;  // keys of a tile
-constexpr int kTileBytes = kKeys * kHead;
+constexpr int kHalf = 64;   // elements in a row of 128 bytes: queries and keys lie as two halves
+constexpr int kQueryHalf = 64 * 128, kKeyHalf = kKeys * 128;  // bytes, of a warpgroup and of a tile
+constexpr int kKeyBytes = 2 * kKeyHalf, kValueBytes = kHead * kKeys;
 constexpr int kTiles = 4;              // in the ring, keys and values each
 constexpr int kStrands = 4;            // of a row, in a thread
 constexpr float kProbabilityBits = 8;  // probabilities are held as 2^8 p: e4m3 then reaches down to 2^-17
@@ -23,14 +26,14 @@ template <int kGroups>
 struct AttentionShape {
   static constexpr int kQueries = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kQueryBytes = kQueries * kHead;
-  static constexpr int kShared = kQueryBytes * 2 + 2 * kTiles * kTileBytes + (4 * kTiles + 1) * 8 + 1024;
+  static constexpr int kQueryBytes = kGroups * 2 * kQueryHalf;
+  static constexpr int kShared = kQueryBytes + kTiles * (kKeyBytes + kValueBytes) + (4 * kTiles + 1) * 8 + 1024;
 };
 
 struct AttentionArgs {
   int tokens, tiles;  // of the sequence; of keys
   int heads;
-  float scale;      // log2(e) / sqrt(128), and what q and k are scaled by
+  float scale;      // log2(e) / sqrt(128)
   float out_scale;  // undoes what v is scaled by
 };
 
@@ -38,10 +41,10 @@ template <int kGroups>
 struct AttentionRing {
   uint32_t query, keys, values, keys_full, keys_empty, values_full, values_empty, query_full;
   __device__ explicit AttentionRing(uint32_t base) {
-    query = (base + 1023) & ~1023u;  // queries first, results later: twice the bytes, in 16 bits
-    keys = query + AttentionShape<kGroups>::kQueryBytes * 2;
-    values = keys + kTiles * kTileBytes;
-    keys_full = values + kTiles * kTileBytes;
+    query = (base + 1023) & ~1023u;  // queries first, results later: as many bytes
+    keys = query + AttentionShape<kGroups>::kQueryBytes;
+    values = keys + kTiles * kKeyBytes;
+    keys_full = values + kTiles * kValueBytes;
     keys_empty = keys_full + kTiles * 8;
     values_full = keys_empty + kTiles * 8;
     values_empty = values_full + kTiles * 8;
@@ -57,19 +60,23 @@ __device__ inline float exp2_fast(float v) {
 
 template <int kGroups>
 __device__ void attention_fetch(const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v,
-                                const AttentionArgs& p, AttentionRing<kGroups> at, int first, int head) {
-  using S = AttentionShape<kGroups>;
-  barrier_expect(at.query_full, S::kQueryBytes);
-  copy_box(at.query, &q, 0, first, head, at.query_full);
+                                const AttentionArgs& p, AttentionRing<kGroups> at, int first, int plane) {
+  const int column = plane % p.heads * kHead, batch = plane / p.heads;
+  barrier_expect(at.query_full, AttentionShape<kGroups>::kQueryBytes);
+  for (int i = 0; i < 2 * kGroups; ++i) {
+    copy_box(at.query + i * kQueryHalf, &q, column + i % 2 * kHalf, first + i / 2 * 64, batch, at.query_full);
+  }
   for (int tile = 0; tile < p.tiles; ++tile) {
     const int stage = tile % kTiles;
-    const uint32_t free = tile / kTiles % 2 ^ 1;
+    const uint32_t free = tile / kTiles % 2 ^ 1, keys = at.keys + stage * kKeyBytes, full = at.keys_full + stage * 8;
     barrier_wait(at.keys_empty + stage * 8, free);
-    barrier_expect(at.keys_full + stage * 8, kTileBytes);
-    copy_box(at.keys + stage * kTileBytes, &k, 0, tile * kKeys, head, at.keys_full + stage * 8);
+    barrier_expect(full, kKeyBytes);
+    for (int half = 0; half < 2; ++half) {
+      copy_box(keys + half * kKeyHalf, &k, column + half * kHalf, tile * kKeys, batch, full);
+    }
     barrier_wait(at.values_empty + stage * 8, free);
-    barrier_expect(at.values_full + stage * 8, kTileBytes);
-    copy_box(at.values + stage * kTileBytes, &v, tile * kKeys, 0, head, at.values_full + stage * 8);
+    barrier_expect(at.values_full + stage * 8, kValueBytes);
+    copy_box(at.values + stage * kValueBytes, &v, tile * kKeys, 0, plane, at.values_full + stage * 8);
   }
 }
 
@@ -138,7 +145,10 @@ __device__ inline void pack_scores(const float (&s)[64], uint32_t (&a)[16]) {
 __device__ inline void start_scores(float (&s)[64], uint64_t query, uint64_t keys) {
   wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < 4; ++i) Wgmma<128>::e4m3(s, query + 2 * i, keys + 2 * i, i > 0);
+  for (int i = 0; i < 8; ++i) {  // 16 elements each
+    Wgmma<128>::bf16(s, query + i / 4 * (kQueryHalf >> 4) + i % 4 * 2, keys + i / 4 * (kKeyHalf >> 4) + i % 4 * 2,
+                     i > 0);
+  }
   wgmma_commit();
 }
 
@@ -192,7 +202,7 @@ __device__ void attention_multiply(const CUtensorMap& out, const AttentionArgs& 
   float rescale[2];
 #pragma unroll
   for (int i = 0; i < 64; ++i) s[i] = o[i] = 0.0f;
-  const uint64_t query = operand_descriptor(at.query + group * 64 * kHead);
+  const uint64_t query = operand_descriptor(at.query + group * 2 * kQueryHalf);
   if (group == 1) give_turn(1);
   barrier_wait(at.query_full, 0);
   barrier_wait(at.keys_full, 0);
@@ -208,9 +218,9 @@ __device__ void attention_multiply(const CUtensorMap& out, const AttentionArgs& 
     const int stage = tile % kTiles, last = (tile - 1) % kTiles;
     barrier_wait(at.keys_full + stage * 8, tile / kTiles % 2);
     wait_for_turn(group);
-    start_scores(s, query, operand_descriptor(at.keys + stage * kTileBytes));
+    start_scores(s, query, operand_descriptor(at.keys + stage * kKeyBytes));
     barrier_wait(at.values_full + last * 8, (tile - 1) / kTiles % 2);
-    start_values(o, probabilities, operand_descriptor(at.values + last * kTileBytes), tile > 1);
+    start_values(o, probabilities, operand_descriptor(at.values + last * kValueBytes), tile > 1);
     if (group == 0 || tile + 1 < p.tiles) give_turn(group);
     wgmma_wait<1>();
     if (lane == 0) barrier_arrive(at.keys_empty + stage * 8);
@@ -226,7 +236,7 @@ __device__ void attention_multiply(const CUtensorMap& out, const AttentionArgs& 
   }
   const int last = (p.tiles - 1) % kTiles;
   barrier_wait(at.values_full + last * 8, (p.tiles - 1) / kTiles % 2);
-  start_values(o, probabilities, operand_descriptor(at.values + last * kTileBytes), p.tiles > 1);
+  start_values(o, probabilities, operand_descriptor(at.values + last * kValueBytes), p.tiles > 1);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     rows.total[r] += __shfl_xor_sync(0xffffffffu, rows.total[r], 1);
@@ -234,15 +244,14 @@ __device__ void attention_multiply(const CUtensorMap& out, const AttentionArgs& 
     rescale[r] = p.out_scale / rows.total[r];
   }
   wgmma_wait<0>();
-  // Results take the place of the queries: 64 rows of 128 elements as two boxes of 64 columns, swizzled. Every group
-  // must have read its queries before any writes, since in 16 bits a group's rows reach over the next one's.
-  asm volatile("bar.sync 3, %0;" ::"n"(128 * kGroups) : "memory");
-  const uint32_t buffer = at.query + group * 64 * kHead * 2;
+  // Results take the place of this group's queries: 64 rows of 128 elements as two boxes of 64 columns, swizzled.
+  const uint32_t buffer = at.query + group * 2 * kQueryHalf;
+  group_sync(group);
   const uint32_t row = warp * 16 + lane % 16;
 #pragma unroll
   for (int j = 0; j < 16; j += 2) {  // eight columns each: matrices (rows 0-7, 8-15) of column block j, then of j + 1
     const int block = j + lane / 16;
-    const uint32_t to = buffer + block / 8 * 64 * 128 + row * 128 + ((block % 8 ^ row % 8) << 4);
+    const uint32_t to = buffer + block / 8 * kQueryHalf + row * 128 + ((block % 8 ^ row % 8) << 4);
     const float* d = o + 4 * j;
     const auto two = [&](int i, int r) { return pack_two(d[i] * rescale[r], d[i + 1] * rescale[r]); };
     store_matrices(to, two(0, 0), two(2, 1), two(4, 0), two(6, 1));
@@ -251,7 +260,7 @@ __device__ void attention_multiply(const CUtensorMap& out, const AttentionArgs& 
   group_sync(group);
   if (thread == 0) {
     store_box(&out, buffer, head % p.heads * kHead, first + group * 64, head / p.heads);
-    store_box(&out, buffer + 64 * 128, head % p.heads * kHead + 64, first + group * 64, head / p.heads);
+    store_box(&out, buffer + kQueryHalf, head % p.heads * kHead + kHalf, first + group * 64, head / p.heads);
     store_commit();
     store_wait_read();
   }

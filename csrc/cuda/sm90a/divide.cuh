@@ -8,20 +8,13 @@
 namespace nibble::sm90a {
 
 constexpr int kWideBytes = kRows * kInputs;  // of a stage's weights, or of 64 ranks of `up`
-constexpr int kUnitSteps = 4;                // steps of 128 inputs that are widened at a time, see widen_beside.cuh
 constexpr float kLargest = 32;               // what a code of 1 becomes in the group with its row's largest scale
-
-__host__ __device__ constexpr int unit_parts(int steps) {
-  return (steps + kUnitSteps - 1) / kUnitSteps;
-}
 
 struct Divide {
   const uint16_t *up, *low_rank;
   const float *row_most, *act_scale;
   uint16_t *up_out, *low_rank_out;
   int m, rank;
-  uint32_t* counters;  // of a product that widens its own weights
-  int counted;
 };
 
 // A row whose scale is zero has codes of zero: 1 does as well there, and can be divided by.
@@ -56,13 +49,6 @@ __device__ inline void divide(const Divide& p, int panel) {
     const uint4 value = divide_eight(p.low_rank + i, p.act_scale[i / p.rank]);
     *reinterpret_cast<uint4*>(p.low_rank_out + i) = value;
   }
-}
-
-// That, and counters of zero, for a product that widens its own weights: a block for each panel.
-static __global__ void __launch_bounds__(128) divide_kernel(const Divide p) {
-  launch_next();
-  for (int i = blockIdx.x * 128 + threadIdx.x; i < p.counted; i += gridDim.x * 128) p.counters[i] = 0;
-  divide(p, blockIdx.x);
 }
 
 }  // namespace nibble::sm90a

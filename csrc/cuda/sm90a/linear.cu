@@ -29,21 +29,15 @@ int multiprocessors() {
   return count;
 }
 
-// What lies behind the weights in `wide`: the divided low-rank branch (divide.cuh), then counters (widen_beside.cuh),
-// one for two panels and some steps, before them one of units.
-struct Behind {
-  uint8_t *up, *low_rank;
-  uint32_t* counters;
-  int counted;
+// The divided low-rank branch (divide.cuh), behind the weights in `wide`.
+struct Beside {
+  const uint8_t* up;
+  const void* low_rank;
 };
 
-Behind behind(uint8_t* wide, int64_t m, int64_t n, int64_t k, int64_t rank) {
-  using namespace sm90a;
-  uint8_t* up = wide + n * k;
-  uint8_t* low_rank = up + n / kRows * ((rank + kRanks - 1) / kRanks) * kWideBytes;
-  const int64_t pairs = (n / kRows + 1) / 2;
-  return {up, low_rank, reinterpret_cast<uint32_t*>(low_rank + m * rank * 2),
-          static_cast<int>(pairs * unit_parts(static_cast<int>(k / kInputs))) + 1};
+Beside beside_wide(const uint8_t* wide, int64_t n, int64_t k, int64_t rank) {
+  const uint8_t* up = wide + n * k;
+  return {up, up + n / sm90a::kRows * ((rank + sm90a::kRanks - 1) / sm90a::kRanks) * sm90a::kWideBytes};
 }
 
 using Kernel = void (*)(CUtensorMap, CUtensorMap, CUtensorMap, sm90a::Args);
@@ -66,28 +60,19 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
   if (!fits(p, tokens)) return "a tile of tokens would have the gates of two samples";
   CUtensorMap act, low_rank{}, out{};
   bool made = map_rows(&act, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.act, p.m, p.k_valid, tokens / 2);
-  const bool wide = p.form != kNarrow, beside = p.form == kBeside;
-  // A counter stands for two panels, and a product would wait for the second for ever.
-  if (beside && panels % 2) return "outputs are padded to a multiple of 128";
-  const Behind parts = wide ? behind(p.wide, p.m, p.n, p.k, p.rank) : Behind{};
+  const Beside beside = p.wide ? beside_wide(p.wide, p.n, p.k, p.rank) : Beside{nullptr, p.low_rank};
   if (p.rank) {
-    const void* data = wide ? static_cast<const void*>(parts.low_rank) : p.low_rank;
-    made &= map_rows(&low_rank, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, p.m, p.rank, tokens / 2);
+    made &= map_rows(&low_rank, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, beside.low_rank, p.m, p.rank, tokens / 2);
   }
   if (boxed) made &= map_rows(&out, sixteen_bits(p.y_dtype), 2, p.y, p.m, p.n_valid, out_tokens);
   if (!made) return "the driver refused to describe a tensor to the copy engine";
-  const int64_t tiles = token_tiles * pairs, running = std::min<int64_t>(tiles, clusters);
-  const int64_t first_panels = std::min(panels, (running + token_tiles - 1) / token_tiles * 4);
   const Args args{p.codes,
                   p.wscales,
                   p.up,
                   p.bias,
                   p.act_scale,
                   p.wide,
-                  parts.up,
-                  beside ? parts.counters : nullptr,
-                  beside ? parts.counters + 1 : nullptr,
-                  static_cast<int>(first_panels),
+                  beside.up,
                   p.row_most,
                   p.y,
                   static_cast<int>(p.m),
@@ -96,7 +81,7 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
                   static_cast<int>(p.k / kInputs),
                   static_cast<int>(p.rank),
                   static_cast<int>(token_tiles),
-                  static_cast<int>(tiles),
+                  static_cast<int>(token_tiles * pairs),
                   p.scale_dtype,
                   p.y_dtype,
                   boxed,
@@ -112,17 +97,17 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
                   p.first_position};
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  // The product's CTAs come while the last blocks of the widening, or of the division, run: the kernel before.
+  // The product's CTAs come while the last blocks of the widening run: it is the kernel before.
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(2 * running));
+  config.gridDim = dim3(static_cast<unsigned>(2 * (args.tiles < clusters ? args.tiles : clusters)));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = wide ? 1 : 0;
+  config.numAttrs = p.wide ? 1 : 0;
   error = cudaLaunchKernelEx(&config, kernel, act, low_rank, out, args);
   if (error == cudaSuccess) error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -147,35 +132,21 @@ int64_t rounds(const LinearFp8& p, int tokens, int clusters) {
   return (tiles + clusters - 1) / clusters * (tokens + 24);
 }
 
-sm90a::Divide divided(const WidenFp8& p) {
-  const Behind parts = behind(p.wide, p.m, p.n, p.k, p.rank);
-  const auto out = [](uint8_t* part) { return reinterpret_cast<uint16_t*>(part); };
-  return {p.up,           p.low_rank,          p.row_scale,           p.act_scale,
-          out(parts.up),  out(parts.low_rank), static_cast<int>(p.m), static_cast<int>(p.rank),
-          parts.counters, parts.counted};
-}
+}  // namespace
 
-// The weights, and the branch with them where there is one.
-void widen(const WidenFp8& p, int panels, cudaStream_t stream) {
+Status widen_fp8_sm90a(const WidenFp8& p, void* stream) {
   using namespace sm90a;
-  const int steps = static_cast<int>(p.k / kInputs);
+  const int panels = static_cast<int>(p.n / kRows), steps = static_cast<int>(p.k / kInputs);
   const int splits = std::min(steps, (8 * multiprocessors() + panels - 1) / panels);
   const int each = (steps + splits - 1) / splits;
   const dim3 grid(panels, (steps + each - 1) / each + (p.rank ? 1 : 0));
   const auto kernel = p.nvfp4 ? widen_kernel<true> : widen_kernel<false>;
-  kernel<<<grid, 128, 0, stream>>>({p.codes, p.wscales, p.row_most, p.wide, steps, each, p.scale_dtype, divided(p)});
-}
-
-}  // namespace
-
-Status widen_fp8_sm90a(const WidenFp8& p, void* stream) {
-  const auto at = static_cast<cudaStream_t>(stream);
-  const int panels = static_cast<int>(p.n / sm90a::kRows);
-  if (p.weights) {
-    widen(p, panels, at);
-  } else {
-    sm90a::divide_kernel<<<panels, 128, 0, at>>>(divided(p));
-  }
+  const Beside beside = beside_wide(p.wide, p.n, p.k, p.rank);
+  const auto out = [](const void* part) { return static_cast<uint16_t*>(const_cast<void*>(part)); };
+  const Divide divide{p.up,           p.low_rank,           p.row_scale,           p.act_scale,
+                      out(beside.up), out(beside.low_rank), static_cast<int>(p.m), static_cast<int>(p.rank)};
+  kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(
+      {p.codes, p.wscales, p.row_most, p.wide, steps, each, p.scale_dtype, divide});
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -193,7 +164,7 @@ Status linear_fp8_sm90a(const LinearFp8& p, void* stream) {
     }
     return best;
   };
-  if (p.form != kNarrow) {
+  if (p.wide) {
     const int tokens = chosen({128, 192, 224, 256});
     return tokens == 128   ? wide<128>(p, clusters, at)
            : tokens == 192 ? wide<192>(p, clusters, at)

@@ -40,12 +40,7 @@ struct Args {
   const uint16_t* up;
   const float* bias;
   const float* act_scale;
-  uint8_t* wide;           // weights in e4m3, see widen.cuh
-  const uint8_t* wide_up;  // the up-projection, see divide.cuh
-  // Where the product widens its own weights (widen_beside.cuh): units that were drawn, quarters of two panels that are
-  // ready, panels that the first round of tiles needs. Else null.
-  uint32_t *drawn, *ready;
-  int first_panels;
+  const uint8_t *wide, *wide_up;  // weights in e4m3, see widen.cuh, and the up-projection, see divide.cuh
   const float* row_most;
   void* y;
   int m, n_valid, panels, steps, rank, token_tiles, tiles;

@@ -1,5 +1,5 @@
-// The W4A8 linear of Hopper for many tokens: weights in e4m3, both operands in shared memory. They were widened before
-// (widen.cuh), or are by warps that would have nothing to do (widen_beside.cuh).
+// The W4A8 linear of Hopper for many tokens: weights were widened to e4m3 (widen.cuh), both operands lie in shared
+// memory.
 //
 // The sums stay in the matrix units' accumulators over all of K and the low-rank branch, whose operands were divided by
 // the product's scales (divide.cuh). It comes last, since a product of 8-bit numbers keeps 13 bits below the largest
@@ -9,7 +9,7 @@
 // as far ahead as the ring of stages lets it run.
 #pragma once
 #include "wgmma.cuh"
-#include "widen_beside.cuh"
+#include "widen.cuh"
 
 namespace nibble::sm90a {
 
@@ -36,13 +36,14 @@ struct WideStage {
   }
 };
 
-// A free stage: half of its tokens for both CTAs, and this CTA's two panels. Weights and up-projection are blocks of 64
+// One stage: half of its tokens for both CTAs, and this CTA's two panels. Weights and up-projection are blocks of 64
 // rows.
 template <int kTokens>
-__device__ inline void fetch_stage(WideStage<kTokens> at, int stage, const CUtensorMap* map, int column, int row,
-                                   const uint8_t* first, const uint8_t* second, uint32_t rank_in_cluster) {
+__device__ inline void fetch_stage(WideStage<kTokens> at, int stage, uint32_t phase, const CUtensorMap* map, int column,
+                                   int row, const uint8_t* first, const uint8_t* second, uint32_t rank_in_cluster) {
   using S = WideShape<kTokens>;
   const uint32_t full = at.full + stage * 8, weights = at.weights + stage * 2 * kWideBytes;
+  barrier_wait(at.empty + stage * 8, phase ^ 1);
   barrier_expect(full, S::kTokenBytes + 2 * kWideBytes);
   copy_box_to_all(at.tokens + stage * S::kTokenBytes + rank_in_cluster * (kTokens / 2) * 128, map, column, row, full,
                   3);
@@ -60,17 +61,14 @@ __device__ void fetch_wide(const CUtensorMap& act, const CUtensorMap& low_rank, 
     const int panel = (tile / p.token_tiles * 2 + static_cast<int>(rank_in_cluster)) * 2;
     // A panel past the end (of an odd pair) is fetched from the start: it is multiplied, but never stored.
     const int64_t first = panel < p.panels ? panel : 0, second = panel + 1 < p.panels ? panel + 1 : 0;
-    const auto run = [&](const CUtensorMap& map, int width, const uint8_t* from, int blocks, bool beside) {
+    const auto run = [&](const CUtensorMap& map, int width, const uint8_t* from, int blocks) {
       const uint8_t *one = from + first * blocks * kWideBytes, *two = from + second * blocks * kWideBytes;
       for (int i = 0; i < blocks; ++i, turn.next(), one += kWideBytes, two += kWideBytes) {
-        // The counter's way from the L2 passes while the stage is still in use, as a rule.
-        if (beside && i % kUnitSteps == 0) wait_until_wide(p, static_cast<int>(first), i / kUnitSteps);
-        barrier_wait(at.empty + turn.stage * 8, turn.phase ^ 1);
-        fetch_stage<kTokens>(at, turn.stage, &map, i * width, row, one, two, rank_in_cluster);
+        fetch_stage<kTokens>(at, turn.stage, turn.phase, &map, i * width, row, one, two, rank_in_cluster);
       }
     };
-    run(act, kInputs, p.wide, p.steps, p.ready != nullptr);
-    run(low_rank, kRanks, p.wide_up, chunks, false);
+    run(act, kInputs, p.wide, p.steps);
+    run(low_rank, kRanks, p.wide_up, chunks);
   }
 }
 
@@ -204,28 +202,13 @@ __device__ void compute_wide(const CUtensorMap& out, const Args& p, WideStage<kT
   if (thread == 0) store_wait_read();  // this shared memory may be another CTA's soon
 }
 
-// The first warpgroup: a thread fetches, and three warps widen the weights where that is still to be done. They wait
-// for nobody, so what they write is certain to come.
-template <int kTokens>
-__device__ void feed_wide(const CUtensorMap& act, const CUtensorMap& low_rank, const Args& p, WideStage<kTokens> at,
-                          int cluster, int clusters, uint32_t rank_in_cluster) {
-  if (warp_in_block() != 0) {
-    if (p.ready) widen_beside(p);
-  } else if (threadIdx.x == 0) {
-    fetch_wide<kTokens>(act, low_rank, p, at, cluster, clusters, rank_in_cluster);
-  }
-  __syncwarp();
-}
-
-// Registers of the first warpgroup and the others are what 384 threads start with: 72 + 2 * 216 = 3 * 168.
 template <int kTokens>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     linear_wide_kernel(const __grid_constant__ CUtensorMap act, const __grid_constant__ CUtensorMap low_rank,
                        const __grid_constant__ CUtensorMap out, const __grid_constant__ Args p) {
   extern __shared__ uint8_t memory[];
   const WideStage<kTokens> at(shared_address(memory));
-  // cluster_rank(), but known to the compiler as the same in all threads: else registers spill.
-  const uint32_t rank_in_cluster = blockIdx.x % 2;
+  const uint32_t rank_in_cluster = cluster_rank();
   const int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
   if (threadIdx.x == 0) {
     begin_ring<WideShape<kTokens>::kStages>(at.full, at.empty);
@@ -233,14 +216,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     if (p.rank) prefetch_map(&low_rank);
   }
   cluster_sync();
-  const int role = warpgroup(), warp = warp_in_block();
-  if (p.ready && role == 0 && warp != 0) prefetch_unit(p, static_cast<int>(blockIdx.x) * 3 + warp - 1);
   wait_for_last();
+  const int role = warpgroup();
   if (role == 0) {
-    give_registers<72>();
-    feed_wide<kTokens>(act, low_rank, p, at, cluster, clusters, rank_in_cluster);
+    give_registers<40>();
+    if (threadIdx.x == 0) fetch_wide<kTokens>(act, low_rank, p, at, cluster, clusters, rank_in_cluster);
   } else {
-    take_registers<216>();
+    take_registers<232>();
     compute_wide<kTokens>(out, p, at, cluster, clusters, rank_in_cluster, role - 1);
   }
   cluster_sync();  // no CTA may go while its partner still writes to its shared memory

@@ -98,24 +98,6 @@ __device__ inline void wait_for_last() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// ---- counters in device memory
-// ---------------------------------------------------------------------------------------
-
-__device__ inline void fence_device() {
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
-}
-
-// Behind fence_device it releases what this thread has seen.
-__device__ inline void add_relaxed(uint32_t* counter, uint32_t value) {
-  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
-}
-
-__device__ inline uint32_t load_acquire(const uint32_t* counter) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-  return value;
-}
-
 // ---- bulk copies
 // -----------------------------------------------------------------------------------------------------
 
@@ -127,11 +109,6 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, 
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
-}
-
-// Memory that will soon be read comes to the L2.
-__device__ inline void prefetch_bulk(const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // One box of a 2-D tensor, to the same place in every CTA of `mask`; each one's barrier counts the bytes.
@@ -183,11 +160,6 @@ __device__ inline void barrier_arrive(uint32_t barrier) {
 // Until the copy engine has read what was stored last: its shared memory may be written again.
 __device__ inline void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
-// Between writes of threads and reads of the copy engine, either side of a synchronization.
-__device__ inline void fence_async_global() {
-  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 __device__ inline void fence_async_shared() {

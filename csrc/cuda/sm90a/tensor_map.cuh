@@ -23,15 +23,22 @@ inline Encode encode() {
   return found;
 }
 
-// A dense tensor of `rank` dimensions, the innermost first, in boxes; what lies outside reads as zero.
-inline bool make_map(CUtensorMap* map, CUtensorMapDataType type, int bytes, const void* data, int rank,
-                     const cuuint64_t* sizes, const cuuint32_t* boxes) {
-  cuuint64_t strides[4], step = static_cast<cuuint64_t>(bytes);
-  for (int i = 0; i + 1 < rank; ++i) strides[i] = step *= sizes[i];
+// A tensor of `rank` dimensions, the innermost first and dense, the others `strides` bytes apart, in boxes; what lies
+// outside reads as zero.
+inline bool make_map(CUtensorMap* map, CUtensorMapDataType type, const void* data, int rank, const cuuint64_t* sizes,
+                     const cuuint64_t* strides, const cuuint32_t* boxes) {
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   return encode()(map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(data), sizes, strides, boxes, steps,
                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// The same, all of it dense.
+inline bool make_map(CUtensorMap* map, CUtensorMapDataType type, int bytes, const void* data, int rank,
+                     const cuuint64_t* sizes, const cuuint32_t* boxes) {
+  cuuint64_t strides[4], step = static_cast<cuuint64_t>(bytes);
+  for (int i = 0; i + 1 < rank; ++i) strides[i] = step *= sizes[i];
+  return make_map(map, type, data, rank, sizes, strides, boxes);
 }
 
 inline bool map_3d(CUtensorMap* map, CUtensorMapDataType type, int bytes, const void* data, int64_t x, int64_t y,

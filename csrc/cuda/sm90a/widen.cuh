@@ -74,11 +74,6 @@ __device__ inline uint4 gather_four(const uint32_t (&word)[4], int q) {
   return {w[0], w[1], w[2], w[3]};
 }
 
-// What a row's scales are multiplied by, so that the largest becomes kLargest.
-__device__ inline float row_unit(float most) {
-  return most > 0.0f ? kLargest / most : 0.0f;
-}
-
 // A block takes 64 outputs and some of the inputs, 128 at a time; where there is a low-rank branch, the grid's last row
 // is what divides it. Scales: INT4 [64 outputs] for each 64 inputs, NVFP4 [4 groups][64 outputs].
 template <bool kNvfp4>
@@ -91,9 +86,9 @@ __global__ void __launch_bounds__(128) widen_kernel(const Widen p) {
   }
   const int64_t groups = int64_t{panel} * 2 * p.steps;  // of 64 inputs, before this block's
   const auto inverse = [&](int row) {
-    const int n = panel * kRows + row;
+    const float most = p.row_most[panel * kRows + row];
     // NVFP4 has other factors in a row's scale; where they make it zero, so must be what it scales.
-    return p.divide.row_most[n] != 0.0f ? row_unit(p.row_most[n]) : 0.0f;
+    return most > 0.0f && p.divide.row_most[panel * kRows + row] != 0.0f ? kLargest / most : 0.0f;
   };
   const float units[2] = {inverse(low), inverse(low + 8)};
   const int first = blockIdx.y * p.steps_each, last = min(first + p.steps_each, p.steps);
