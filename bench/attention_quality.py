@@ -22,7 +22,7 @@ from bench.evaluation.machine import machine, write_json
 from engine import Engine
 from engine.devices import pick_device
 from engine.metrics import psnr
-from engine.models.attention import ATTENTIONS, set_attention
+from engine.models.switches import ATTENTIONS, set_attention
 
 GOAL = 1.0  # dB that 8 bits may cost
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.evaluation.machine import machine, write_json
 from bench.fp8_linear import is_large, replace_linears
 from bench.random_models import CONFIG, dense, quantized, random_layer, random_nvfp4
-from engine.models.attention import set_attention
+from engine.models.switches import set_attention, set_wide_weights
 
 GIB = 2**30
 
@@ -114,10 +114,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     config = CONFIG | ({"num_layers": 2, "num_single_layers": 4} if options.few else {})
 
     def build() -> nn.Module:
-        if kind in ("int4", "int4a4", "int4q8", "nvfp4"):
+        if kind in ("int4", "int4a4", "int4q8", "int4w", "int4wq8", "nvfp4"):
             layer = random_nvfp4 if kind == "nvfp4" else random_layer
             model = quantized("cuda", config, "w4a4" if kind == "int4a4" else "auto", options.rank, layer)
-            set_attention(model, "8bit" if kind == "int4q8" else "16bit")
+            set_attention(model, "8bit" if kind.endswith("q8") else "16bit")
+            set_wide_weights(model, kind.startswith("int4w"))
             return model
         model = dense("cuda", config)
         if kind in ("fp8", "fp8mm"):
@@ -177,8 +178,8 @@ def main() -> None:
     """Parse the command line, measure each variant, write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", default=["bf16", "int4"],
-                        help="bf16, fp8, fp8mm, int4, int4a4, int4q8 (8-bit attention), nvfp4; "
-                        "with -eager not compiled")  # fmt: skip
+                        help="bf16, fp8, fp8mm, int4, int4a4, nvfp4; int4q8 with attention in 8 bits, int4w with "
+                        "weights kept in 8 bits too, int4wq8 with both; with -eager not compiled")  # fmt: skip
     parser.add_argument("--size", type=int, default=1024, help="pixels of a side")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=32)

@@ -4,7 +4,7 @@
 
 Ours is timed with the quantization of its tokens and without (`linear`: widening, low-rank branch and bias included),
 and without a low-rank branch; `low_rank_share` is what the branch adds to quantization and linear together. Everything
-has its turn in each round. `streaming` and `resident` are quantize_act's two forms, where the shape has both. Rivals:
+has its turn in each round. `linear_kept` has its weights in 8 bits already (--wide-weights). `streaming` and `resident` are quantize_act's two forms, where the shape has both. Rivals:
 torch's BF16 linear, and torch's FP8 product with row scales (`_scaled_mm`, fast accumulation), whose weights take twice
 the memory. Needs compute capability 9.0.
 """
@@ -67,6 +67,7 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
     packed, bare = (ops.pack(random_layer(n, k, "svdq", some, True, "cuda", generator), "sm90a") for some in (rank, 0))
     x = torch.randn(m, k, generator=generator, device="cuda").bfloat16()
     target, plain = (packed.blob, packed.spec), (bare.blob, bare.spec)
+    kept = cuda.widened(*target)
     act, act_0 = (cuda._quantize(x, [it])[0] for it in (target, plain))
 
     def multiply(act: ops.QuantizedAct, it: tuple, tile: int = 0, wide_from: int = WIDE_FROM) -> torch.Tensor:
@@ -89,6 +90,7 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
         "quantize_resident": lambda: cuda._quantize(x, [target], form=2),
         "quantize_streaming_rank_0": lambda: cuda._quantize(x, [plain], form=1),
         "quantize_resident_rank_0": lambda: cuda._quantize(x, [plain], form=2),
+        "linear_kept": lambda: cuda._multiply(act, kept, *target, torch.bfloat16),
         **({"widen": lambda: cuda._widen(act, *target)} if m >= WIDE_FROM else {}),
         "bf16": lambda: torch.nn.functional.linear(x, weight, bias),
         "fp8": lambda: torch._scaled_mm(a, b.T, *ones, out_dtype=torch.bfloat16, use_fast_accum=True),

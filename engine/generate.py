@@ -20,9 +20,9 @@ from engine.errors import ArgumentError, Cancelled
 from engine.linear import SVDQuantLinear, resolve_activation
 from engine.memory import PeakMeter, module_bytes
 from engine.models import loading
-from engine.models.attention import set_attention
 from engine.models.catalogue import ModelSpec, resolve
 from engine.models.families import runner
+from engine.models.switches import set_attention, set_wide_weights
 from engine.preview import Watch
 from engine.request import Request, Result, Step
 
@@ -43,7 +43,7 @@ class Engine:
         self.spec = spec
         self.precision = precision
         self.activation = activation
-        self.attention = "16bit"
+        self.attention, self.wide_weights = "16bit", False
         self.backend = backend
         self.device = device
         self.pipe = pipe
@@ -63,13 +63,15 @@ class Engine:
         device: str = "auto",
         activation: str = "auto",
         attention: str = "16bit",
+        wide_weights: bool = False,
         share: Engine | None = None,
         progress: Progress | None = None,
     ) -> Engine:
         """Open `model` in `precision` ("bf16" or one of the model's 4-bit checkpoints).
 
         `activation` ("auto", "w4a4", "w4a8") is how 4-bit linears see their input; `attention` ("16bit", "8bit") is in
-        how many bits a 4-bit FLUX holds attention's probabilities and values. `share` is an engine of the same
+        how many bits a 4-bit FLUX holds attention's probabilities and values; `wide_weights` keeps 8-bit copies of
+        4-bit weights, for speed on Hopper. `share` is an engine of the same
         model whose text encoders and VAE are used again. `progress` is told in words what is being loaded.
         Raises ModelError, CheckpointError, BackendError or ArgumentError, each with one sentence saying what to do.
         """
@@ -94,11 +96,12 @@ class Engine:
                 backend = _backend_of(transformer) or backend
             set_attention(transformer, attention)
             loading.add_lora(spec, transformer)
+            set_wide_weights(transformer, wide_weights)
             if share is None:
                 tell(f"loading text encoders and VAE of {spec.title}")
             pipe = loading.pipeline(spec, transformer, where, share.pipe if share else None)
         engine = cls(spec, precision, kind, backend, where, pipe)
-        engine.attention = attention
+        engine.attention, engine.wide_weights = attention, wide_weights
         return engine
 
     @torch.inference_mode()
@@ -127,6 +130,7 @@ class Engine:
             precision=self.precision,
             activation=self.activation,
             attention=self.attention,
+            wide_weights=self.wide_weights,
             backend=self.backend,
             device=_device_name(self.device),
             seconds=sum(clock.laps.values()),

@@ -62,6 +62,7 @@ class SVDQuantLinear(nn.Module):
         # The smooth factor that was divided out of the rows of V instead of here (engine.checkpoint.folding).
         self.folded_smooth: Tensor | None = None
         self.gelu = False
+        self.wide = False
         self._hold(ops.pack(linear, self._wanted, dtype))
 
     def _mode_on(self, backend: str) -> tuple[str, str]:
@@ -123,6 +124,14 @@ class SVDQuantLinear(nn.Module):
         self.packed = packed
         for name, tensor in packed.tensors().items():
             self.register_buffer(f"packed_{name}", tensor, persistent=False)
+        self.register_buffer("packed_wide", ops.keep_wide(packed) if self.wide else None, persistent=False)
+
+    def keep_wide(self, wide: bool) -> None:
+        """Keep the weights in 8 bits too, where products multiply those (ops.keep_wide), or no more."""
+        if self.wide and not wide:
+            ops.drop_wide(self.packed)
+        self.wide = wide
+        self._hold(self.packed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVDQuantLinear:
         # Tiles belong to one device, and 16-bit scales must not be cast: only a change of device means anything here.

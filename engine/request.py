@@ -104,6 +104,7 @@ class Result:
     peak_bytes: int
     versions: Mapping[str, str] = field(default_factory=dict)
     attention: str = "16bit"
+    wide_weights: bool = False
 
     @property
     def seed(self) -> int:
@@ -121,6 +122,8 @@ class Result:
             more["loras"] = {_short(lora): strength for lora, strength in request.loras.items()}
         if self.attention != "16bit":
             more["attention"] = self.attention
+        if self.wide_weights:
+            more["wide_weights"] = True
         return more | {
             "prompt": request.prompt,
             "seed": request.seed,

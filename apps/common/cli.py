@@ -159,7 +159,7 @@ def loader_for(args: argparse.Namespace) -> Callable[..., Any]:
         eight = args.attention == "8bit" and kind != "bf16" and spec.family == "flux"
         return Engine.load(
             spec, kind, device=args.device, activation=activation or args.activation, share=share, progress=progress,
-            attention="8bit" if eight else "16bit",
+            attention="8bit" if eight else "16bit", wide_weights=args.wide_weights and kind != "bf16",
         )  # fmt: skip
 
     return load

@@ -61,12 +61,11 @@ Status linear_fp8(const std::array<uintptr_t, 10>& a, const std::array<int64_t, 
 }
 
 // Addresses and sizes in the order of the struct's members.
-Status widen_fp8(const std::array<uintptr_t, 8>& a, const std::array<int64_t, 4>& sizes, int scale_dtype, bool nvfp4,
+Status widen_fp8(const std::array<uintptr_t, 6>& a, const std::array<int64_t, 3>& sizes, int scale_dtype, bool nvfp4,
                  uintptr_t stream) {
   return widen_fp8_sm90a(
       {at<const uint8_t>(a[0]), at<const void>(a[1]), at<const float>(a[2]), at<const uint16_t>(a[3]),
-       at<const float>(a[4]), at<const float>(a[5]), at<const uint16_t>(a[6]), at<uint8_t>(a[7]), sizes[0], sizes[1],
-       sizes[2], sizes[3], DType(scale_dtype), nvfp4},
+       at<const float>(a[4]), at<uint8_t>(a[5]), sizes[0], sizes[1], sizes[2], DType(scale_dtype), nvfp4},
       at<void>(stream));
 }
 

@@ -50,20 +50,17 @@ struct LinearFp8 {
   int heads, first_position;
 };
 
-// wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; behind them the low-rank branch divided
-// by the product's scales, n * 128 bytes for each 64 ranks (rounded up) and m * rank * 2 (divide.cuh). Other members as
-// there, row_scale is its row_most. NVFP4: codes are e2m1 in the same places, wscales [N/64][K/64][4][64] e4m3;
-// row_most is without tensor and row factors.
+// wide <- the weights of LinearFp8 in e4m3 with one scale a row, n * k bytes; behind them `up` divided by the rows'
+// scales, n * 128 bytes for each 64 ranks, rounded up (divide.cuh). Members as there, row_scale is its row_most. NVFP4:
+// codes are e2m1 in the same places, wscales [N/64][K/64][4][64] e4m3; row_most is without tensor and row factors.
 struct WidenFp8 {
   const uint8_t* codes;
   const void* wscales;
   const float* row_most;
   const uint16_t* up;
   const float* row_scale;
-  const float* act_scale;
-  const uint16_t* low_rank;
   uint8_t* wide;
-  int64_t m, n, k, rank;
+  int64_t n, k, rank;
   DType scale_dtype;
   bool nvfp4;
 };

@@ -24,7 +24,7 @@ def linear_fp8_sm90a(
 ) -> str | None: ...
 def widen_fp8_sm90a(
     addresses: tuple[int, ...],
-    sizes: tuple[int, ...],
+    sizes: tuple[int, int, int],
     scale_dtype: int,
     nvfp4: bool,
     stream: int,

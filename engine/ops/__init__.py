@@ -40,7 +40,9 @@ __all__ = [
     "depthwise_glu",
     "dequantize",
     "dequantize_awq",
+    "drop_wide",
     "gated_add",
+    "keep_wide",
     "linear",
     "linear_attention",
     "norm_quantize",
@@ -161,6 +163,20 @@ def add_linear_(x: Tensor, gate: Tensor, y: Tensor, packed: PackedLinear, mode: 
 def adds_at_once(x: Tensor, gate: Tensor, packed: PackedLinear) -> bool:
     """Whether add_linear_ takes no pass of its own over x (B, T, N) and gate (B, N)."""
     return packed.backend == "sm90a" and cuda.can_add(x, gate)
+
+
+def keep_wide(packed: PackedLinear) -> Tensor | None:
+    """Keep a layer's weights in e4m3 as long as its buffer lives, instead of widening them for each product anew.
+
+    That is what Hopper's product for many tokens multiplies. Returns those bytes: as many as the layer has weights, and
+    64 ranks' more. None on other backends, which need no such thing.
+    """
+    return cuda.keep_wide(packed.blob, packed.spec) if packed.backend == "sm90a" else None
+
+
+def drop_wide(packed: PackedLinear) -> None:
+    """Undo keep_wide."""
+    cuda.drop_wide(packed.blob)
 
 
 def awq_linear(x: Tensor, packed: PackedAwq) -> Tensor:

@@ -14,7 +14,7 @@ from engine.ops.heads import HEAD
 
 __all__ = ["attention_8bit"]
 
-# What numbers are multiplied with before they become e4m3, which holds 2^-6 to 448 in full; probabilities are at most 1.
+# What numbers are multiplied with before they become e4m3, which holds 2^-6 to 448 in full.
 _V_SCALE, _P_SCALE, _LARGEST = 4.0, 256.0, 448.0
 
 _library = torch.library.Library("nibble", "FRAGMENT")

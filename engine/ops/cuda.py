@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from engine.errors import ArgumentError, BackendError
 from engine.ops.backends import cuda_kernels
@@ -21,6 +22,8 @@ __all__ = [
     "add_linear_",
     "can_add",
     "check",
+    "drop_wide",
+    "keep_wide",
     "kernels",
     "linear",
     "linear_heads_",
@@ -108,20 +111,41 @@ def _only_fp8(mode: str) -> None:
 
 
 def _widen(act: QuantizedAct, blob: Tensor, spec: Spec) -> Tensor:
-    """The weights in e4m3 and the low-rank branch in their units, or nothing where that does not pay."""
-    parts, base, m = spec.sections, blob.data_ptr(), act.codes.shape[0]
+    """The weights in e4m3 and the up-projection in their units, or nothing where that does not pay."""
+    if (found := _wide.get(blob) if len(_wide) else None) is not None:
+        return found
+    # NVFP4 has groups of 16, which the product for few tokens does not know.
+    pays = len(act.codes) >= WIDE_FROM or "raw_most" in spec.sections
+    return widened(blob, spec) if pays and len(act.codes) else blob.new_empty(0)
+
+
+def widened(blob: Tensor, spec: Spec) -> Tensor:
+    """What a product for many tokens reads of a layer: N K bytes, and N 128 for each 64 ranks."""
+    parts, base = spec.sections, blob.data_ptr()
     n, k = (size * 64 for size in parts["codes"].shape[:2])
-    nvfp4 = "raw_most" in parts  # whose groups of 16 the product for few tokens does not know
-    size = n * k + -(-spec.rank // 64) * n * 128 + m * spec.rank * 2
-    wide = torch.empty(size if nvfp4 or m >= WIDE_FROM else 0, dtype=torch.uint8, device=blob.device)
-    if wide.numel() and m:
-        names = ("codes", "scales", "raw_most" if nvfp4 else "row_most", "up", "row_most")
-        tokens = (act.scales.data_ptr(), act.low_rank.data_ptr())
-        addresses = (*(base + parts[name].offset for name in names), *tokens, wide.data_ptr())
-        with torch.cuda.device(blob.device):
-            stream, sizes = torch.cuda.current_stream().cuda_stream, (m, n, k, spec.rank)
-            check(kernels().widen_fp8_sm90a(addresses, sizes, _scale_dtype(spec), nvfp4, stream))
+    nvfp4 = "raw_most" in parts
+    wide = torch.empty(n * k + -(-spec.rank // 64) * n * 128, dtype=torch.uint8, device=blob.device)
+    names = ("codes", "scales", "raw_most" if nvfp4 else "row_most", "up", "row_most")
+    addresses = (*(base + parts[name].offset for name in names), wide.data_ptr())
+    with torch.cuda.device(blob.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        check(kernels().widen_fp8_sm90a(addresses, (n, k, spec.rank), _scale_dtype(spec), nvfp4, stream))
     return wide
+
+
+# What is kept of layers whose weights shall not be widened for every product again, by their buffers.
+_wide: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def keep_wide(blob: Tensor, spec: Spec) -> Tensor:
+    """Widen the weights of a layer once and for all; the result lives as long as `blob`, or until drop_wide."""
+    _wide[blob] = wide = widened(blob, spec)
+    return wide
+
+
+def drop_wide(blob: Tensor) -> None:
+    """Undo keep_wide."""
+    _wide.pop(blob, None)
 
 
 def _multiply(

@@ -142,6 +142,27 @@ def test_a_product_is_added_to_a_stream(shape: tuple[int, int], n: int):
     assert torch.equal(got, wanted)
 
 
+def test_weights_that_are_kept_in_8_bits():
+    """The same bits for many tokens, an 8-bit rounding's difference for few, and so with another branch."""
+    case = Case(1100, 384, 320, 32)
+    base, x = without_minus_eight(random_linear(case)), tokens(case, torch.bfloat16).cuda()
+    plain, kept = (SVDQuantLinear(on_device(base), backend="sm90a", activation="w4a8", dtype=torch.bfloat16)
+                   for _ in range(2))  # fmt: skip
+    kept.keep_wide(True)
+    assert kept.packed_wide.numel() == 384 * 384 + 384 * 128  # inputs come in steps of 128
+    for _ in range(2):
+        assert torch.equal(kept(x), plain(x))
+        few, wanted = kept(x[:300]), plain(x[:300])
+        assert 0 < (few - wanted).norm() < 0.05 * wanted.norm()
+        draw = torch.Generator("cuda").manual_seed(4)
+        down, up = (0.05 * torch.randn(*size, generator=draw, device="cuda") for size in ((16, 320), (384, 16)))
+        for layer in (plain, kept):
+            layer.extend_branch(down, up, None)
+    kept.keep_wide(False)
+    assert kept.packed_wide is None
+    assert torch.equal(kept(x[:300]), plain(x[:300]))
+
+
 def test_the_same_bits_again():
     linear = on_device(without_minus_eight(random_linear(Case(300, 400, 1536, 32))))
     packed, x = ops.pack(linear, "sm90a"), tokens(Case(300, 400, 1536, 32), torch.bfloat16).cuda()

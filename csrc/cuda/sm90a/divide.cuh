@@ -1,7 +1,7 @@
-// The low-rank branch in the units of a widened product: with up-projection and token projections divided by the scales
-// of output and token, its terms go to the same sums as the product's, and one scaling at the end serves both.
+// The up-projection in the units of a widened product: divided by the scales of the outputs, its terms go to the same
+// sums as the product's, and one scaling of the rows at the end serves both.
 //
-// Out: up [panel][rank / 64][64][64], swizzled as the weights are, and low_rank (M,R), both bf16.
+// Out: [panel][rank / 64][64][64] bf16, swizzled as the weights are.
 #pragma once
 #include "linear.cuh"
 
@@ -11,10 +11,10 @@ constexpr int kWideBytes = kRows * kInputs;  // of a stage's weights, or of 64 r
 constexpr float kLargest = 32;               // what a code of 1 becomes in the group with its row's largest scale
 
 struct Divide {
-  const uint16_t *up, *low_rank;
-  const float *row_most, *act_scale;
-  uint16_t *up_out, *low_rank_out;
-  int m, rank;
+  const uint16_t* up;
+  const float* row_most;
+  uint16_t* out;
+  int rank;
 };
 
 // A row whose scale is zero has codes of zero: 1 does as well there, and can be divided by.
@@ -23,15 +23,15 @@ __device__ inline float row_divisor(const float* row_most, int n) {
   return scale == 0.0f ? 1.0f : scale;
 }
 
-// A token whose scale is zero counts as zero, in this branch too.
 __device__ inline uint4 divide_eight(const uint16_t* from, float by) {
   const uint4 raw = *reinterpret_cast<const uint4*>(from);
-  const auto divided = [&](uint32_t bits) { return by == 0.0f ? 0.0f : __uint_as_float(bits) / by; };
-  const auto two = [&](uint32_t word) { return pack_two(divided(word << 16), divided(word & 0xffff0000u)); };
+  const auto two = [&](uint32_t word) {
+    return pack_two(__uint_as_float(word << 16) / by, __uint_as_float(word & 0xffff0000u) / by);
+  };
   return {two(raw.x), two(raw.y), two(raw.z), two(raw.w)};
 }
 
-// A block's part: 64 rows of `up`, and the projections of some tokens. 128 threads.
+// A block's part: 64 rows. 128 threads.
 __device__ inline void divide(const Divide& p, int panel) {
   const int chunks = (p.rank + kRanks - 1) / kRanks;
   for (int i = threadIdx.x; i < chunks * kRows * 8; i += 128) {
@@ -41,13 +41,8 @@ __device__ inline void divide(const Divide& p, int panel) {
       const int n = panel * kRows + row;
       value = divide_eight(p.up + int64_t{n} * p.rank + rank, row_divisor(p.row_most, n));
     }
-    uint16_t* to = p.up_out + ((int64_t{panel} * chunks + chunk) * kRows + row) * kRanks;
+    uint16_t* to = p.out + ((int64_t{panel} * chunks + chunk) * kRows + row) * kRanks;
     *reinterpret_cast<uint4*>(to + (column ^ row % 8) * 8) = value;
-  }
-  const int64_t all = int64_t{p.m} * p.rank;
-  for (int64_t i = (int64_t{panel} * 128 + threadIdx.x) * 8; i < all; i += int64_t{gridDim.x} * 128 * 8) {
-    const uint4 value = divide_eight(p.low_rank + i, p.act_scale[i / p.rank]);
-    *reinterpret_cast<uint4*>(p.low_rank_out + i) = value;
   }
 }
 

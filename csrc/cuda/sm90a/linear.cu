@@ -29,15 +29,9 @@ int multiprocessors() {
   return count;
 }
 
-// The divided low-rank branch (divide.cuh), behind the weights in `wide`.
-struct Beside {
-  const uint8_t* up;
-  const void* low_rank;
-};
-
-Beside beside_wide(const uint8_t* wide, int64_t n, int64_t k, int64_t rank) {
-  const uint8_t* up = wide + n * k;
-  return {up, up + n / sm90a::kRows * ((rank + sm90a::kRanks - 1) / sm90a::kRanks) * sm90a::kWideBytes};
+// The divided up-projection (divide.cuh), behind the weights in `wide`.
+const uint8_t* beside_wide(const uint8_t* wide, int64_t n, int64_t k) {
+  return wide ? wide + n * k : nullptr;
 }
 
 using Kernel = void (*)(CUtensorMap, CUtensorMap, CUtensorMap, sm90a::Args);
@@ -60,9 +54,8 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
   if (!fits(p, tokens)) return "a tile of tokens would have the gates of two samples";
   CUtensorMap act, low_rank{}, out{};
   bool made = map_rows(&act, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.act, p.m, p.k_valid, tokens / 2);
-  const Beside beside = p.wide ? beside_wide(p.wide, p.n, p.k, p.rank) : Beside{nullptr, p.low_rank};
   if (p.rank) {
-    made &= map_rows(&low_rank, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, beside.low_rank, p.m, p.rank, tokens / 2);
+    made &= map_rows(&low_rank, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.low_rank, p.m, p.rank, tokens / 2);
   }
   if (boxed) made &= map_rows(&out, sixteen_bits(p.y_dtype), 2, p.y, p.m, p.n_valid, out_tokens);
   if (!made) return "the driver refused to describe a tensor to the copy engine";
@@ -72,7 +65,7 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
                   p.bias,
                   p.act_scale,
                   p.wide,
-                  beside.up,
+                  beside_wide(p.wide, p.n, p.k),
                   p.row_most,
                   p.y,
                   static_cast<int>(p.m),
@@ -97,7 +90,8 @@ Status launch(Kernel kernel, const LinearFp8& p, int tokens, int out_tokens, int
                   p.first_position};
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  // The product's CTAs come while the last blocks of the widening run: it is the kernel before.
+  // The product's CTAs come while the last blocks of the kernel before run, the widening as a rule, and wait for its
+  // end.
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -141,10 +135,8 @@ Status widen_fp8_sm90a(const WidenFp8& p, void* stream) {
   const int each = (steps + splits - 1) / splits;
   const dim3 grid(panels, (steps + each - 1) / each + (p.rank ? 1 : 0));
   const auto kernel = p.nvfp4 ? widen_kernel<true> : widen_kernel<false>;
-  const Beside beside = beside_wide(p.wide, p.n, p.k, p.rank);
-  const auto out = [](const void* part) { return static_cast<uint16_t*>(const_cast<void*>(part)); };
-  const Divide divide{p.up,           p.low_rank,           p.row_scale,           p.act_scale,
-                      out(beside.up), out(beside.low_rank), static_cast<int>(p.m), static_cast<int>(p.rank)};
+  auto* up_out = reinterpret_cast<uint16_t*>(p.wide + p.n * p.k);
+  const Divide divide{p.up, p.row_scale, up_out, static_cast<int>(p.rank)};
   kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(
       {p.codes, p.wscales, p.row_most, p.wide, steps, each, p.scale_dtype, divide});
   const cudaError_t error = cudaGetLastError();

@@ -1,9 +1,9 @@
 // The W4A8 linear of Hopper for many tokens: weights were widened to e4m3 (widen.cuh), both operands lie in shared
 // memory.
 //
-// The sums stay in the matrix units' accumulators over all of K and the low-rank branch, whose operands were divided by
-// the product's scales (divide.cuh). It comes last, since a product of 8-bit numbers keeps 13 bits below the largest
-// term, one of 16-bit numbers all of float32's.
+// The sums stay in the matrix units' accumulators over all of K and the low-rank branch, whose up-projection was
+// divided by the rows' scales (divide.cuh). It comes last, since a product of 8-bit numbers keeps 13 bits below the
+// largest term, one of 16-bit numbers all of float32's; and between the two sums get their tokens' scales.
 //
 // The two multiplying warpgroups need no turns: while one writes its outputs, the other has the matrix units to itself,
 // as far ahead as the ring of stages lets it run.
@@ -148,8 +148,8 @@ __device__ void multiply_ranks(uint64_t up, uint64_t tokens, float (&sum)[kToken
   hold_sums(sum);
 }
 
-// sum += up x low_rank, both divided. Products of this shape may only follow the others in the same sums when those are
-// done: hence the wait before. Ranks past the last are zeros.
+// sum += up x low_rank, the first divided. Products of this shape may only follow the others in the same sums when
+// those are done: hence the wait before. Ranks past the last are zeros.
 template <int kTokens>
 __device__ void add_divided(const Args& p, WideStage<kTokens> at, Turn<WideShape<kTokens>::kStages>& turn, int group,
                             float (&sum)[kTokens / 2]) {
@@ -180,9 +180,11 @@ __device__ void compute_wide(const CUtensorMap& out, const Args& p, WideStage<kT
     const Rows rows(p, n);
     float sum[kTokens / 2], scale[kTokens / 4];
     multiply_wide<kTokens>(p, at, turn, group, token, scale, sum);
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) sum[i] *= scale[i / 4 * 2 + i % 2];
     add_divided<kTokens>(p, at, turn, group, sum);
 #pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) sum[i] *= scale[i / 4 * 2 + i % 2] * (i & 2 ? rows.high : rows.low);
+    for (int i = 0; i < kTokens / 2; ++i) sum[i] *= i & 2 ? rows.high : rows.low;
     finish_sums<kTokens>(p, rows.bias_low, rows.bias_high, sum);
     if (!real) continue;
     if (p.gate) apply_gate<kTokens>(p, n, token, sum);
@@ -208,7 +210,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
                        const __grid_constant__ CUtensorMap out, const __grid_constant__ Args p) {
   extern __shared__ uint8_t memory[];
   const WideStage<kTokens> at(shared_address(memory));
-  const uint32_t rank_in_cluster = cluster_rank();
+  const uint32_t rank_in_cluster = blockIdx.x % 2;  // cluster_rank(), but known to be the same in all threads
   const int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
   if (threadIdx.x == 0) {
     begin_ring<WideShape<kTokens>::kStages>(at.full, at.empty);
@@ -219,10 +221,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   wait_for_last();
   const int role = warpgroup();
   if (role == 0) {
-    give_registers<40>();
+    give_registers<72>();
     if (threadIdx.x == 0) fetch_wide<kTokens>(act, low_rank, p, at, cluster, clusters, rank_in_cluster);
   } else {
-    take_registers<232>();
+    take_registers<216>();
     compute_wide<kTokens>(out, p, at, cluster, clusters, rank_in_cluster, role - 1);
   }
   cluster_sync();  // no CTA may go while its partner still writes to its shared memory

@@ -1,4 +1,4 @@
-"""In how many bits attention holds its probabilities and values."""
+"""What a loaded 4-bit transformer can be told to do otherwise: how it takes its attention, what it keeps in memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 from engine import graphs
 from engine.errors import ArgumentError
+from engine.linear import SVDQuantLinear
 
-__all__ = ["ATTENTIONS", "set_attention"]
+__all__ = ["ATTENTIONS", "set_attention", "set_wide_weights"]
 
 ATTENTIONS = ("16bit", "8bit")
 
@@ -32,3 +33,18 @@ def set_attention(transformer: Any, attention: str) -> None:
     graphs.forget(transformer)
     for block in blocks:
         block.attn.eight_bit = attention == "8bit"
+
+
+def set_wide_weights(transformer: Any, wide: bool) -> None:
+    """Keep 8-bit copies of a transformer's 4-bit weights on Hopper, or no more; they count from the next step on.
+
+    A product for many tokens multiplies 8-bit weights there, which are made anew each time otherwise. The copies take a
+    byte a weight: 11 GiB for FLUX.1. Raises ArgumentError where they serve nothing.
+    """
+    layers = [module for module in transformer.modules() if isinstance(module, SVDQuantLinear)]
+    hopper = [layer for layer in layers if layer.backend == "sm90a"]
+    if wide and not hopper:
+        raise ArgumentError("wide_weights: expected False, got True: only 4-bit models on an H100 or H200 use them")
+    graphs.forget(transformer)
+    for layer in hopper:
+        layer.keep_wide(wide)
