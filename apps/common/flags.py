@@ -81,7 +81,7 @@ def add_groups(this: argparse.ArgumentParser) -> Any:
     )  # fmt: skip
     models.add_argument(
         "--wide-weights", action="store_true",
-        help="on Hopper, keep 8-bit copies of the 4-bit weights: faster, for 11 GiB more with FLUX.1",
+        help="on Hopper, keep 8-bit copies of the 4-bit weights: faster, for 8.3 GiB more with FLUX.1",
     )  # fmt: skip
     models.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda[:index] (default auto)")
     _add_serving(this)

@@ -39,7 +39,7 @@ def set_wide_weights(transformer: Any, wide: bool) -> None:
     """Keep 8-bit copies of a transformer's 4-bit weights on Hopper, or no more; they count from the next step on.
 
     A product for many tokens multiplies 8-bit weights there, which are made anew each time otherwise. The copies take a
-    byte a weight: 11 GiB for FLUX.1. Raises ArgumentError where they serve nothing.
+    byte a weight: 8.3 GiB for FLUX.1. Raises ArgumentError where they serve nothing.
     """
     layers = [module for module in transformer.modules() if isinstance(module, SVDQuantLinear)]
     hopper = [layer for layer in layers if layer.backend == "sm90a"]
