@@ -19,7 +19,7 @@ _ABOUT = {
     "avx512": "AVX-512 with VNNI dot products",
     "avx2": "AVX2",
     "scalar": "compiled, without vector instructions",
-    "sm90a": "Hopper (H100, H200), W4A8 with e4m3 tokens",
+    "sm90a": "Hopper (H100, H200), W4A8 with e4m3 tokens; W4A4 runs on sm80's kernels",
     "sm80": "Ampere and later, W4A4 and W4A8 by integers; new, taken where ENGINE_BACKEND=sm80 says so",
     "reference": "plain torch: right everywhere, slow",
 }

@@ -25,6 +25,7 @@ from engine.models.families import runner
 from engine.models.switches import set_attention, set_wide_weights
 from engine.preview import Watch
 from engine.request import Request, Result, Step
+from engine.residency import Room, room_on
 
 __all__ = ["Engine"]
 
@@ -64,6 +65,8 @@ class Engine:
         activation: str = "auto",
         attention: str = "16bit",
         wide_weights: bool = False,
+        vram_budget: float | None = None,
+        offload: bool = False,
         share: Engine | None = None,
         progress: Progress | None = None,
     ) -> Engine:
@@ -71,8 +74,10 @@ class Engine:
 
         `activation` ("auto", "w4a4", "w4a8") is how 4-bit linears see their input; `attention` ("16bit", "8bit") is in
         how many bits a 4-bit FLUX holds attention's probabilities and values; `wide_weights` keeps 8-bit copies of
-        4-bit weights, for speed on Hopper. `share` is an engine of the same
-        model whose text encoders and VAE are used again. `progress` is told in words what is being loaded.
+        4-bit weights, for speed on Hopper. `vram_budget` is what all engines together keep to of a GPU, in GiB:
+        networks come for their calls, a transformer block by block if need be; `offload` holds one network at a time.
+        `share` is an engine of the same model whose text encoders and VAE are used again. `progress` is told in words
+        what is being loaded.
         Raises ModelError, CheckpointError, BackendError or ArgumentError, each with one sentence saying what to do.
         """
         spec = resolve(model)
@@ -83,24 +88,28 @@ class Engine:
         if share is not None and share.spec != spec:
             raise ArgumentError(f"share: expected an engine of {spec.name}, got one of {share.spec.name}")
         where = pick_device(device)
+        room = _room(where, vram_budget, offload)
+        home = where if room is None else torch.device("cpu")
         tell = progress or (lambda _: None)
         with loading.LOADING:
             if precision == "bf16":
                 tell(f"loading the BF16 transformer of {spec.title}")
-                transformer = loading.bf16_transformer(spec, where)
+                transformer = loading.bf16_transformer(spec, home)
                 backend, kind = "torch", "w16a16"
             else:
                 tell(f"loading the {precision.upper()} transformer of {spec.title}")
                 backend, kind = ops.backends.select(where).name, resolve_activation(activation, where)
-                transformer = loading.quantized_transformer(spec, precision, backend, kind, where, tell)
+                transformer = loading.quantized_transformer(spec, precision, backend, kind, home, tell)
                 backend = _backend_of(transformer) or backend
             set_attention(transformer, attention)
             loading.add_lora(spec, transformer)
             set_wide_weights(transformer, wide_weights)
             if share is None:
                 tell(f"loading text encoders and VAE of {spec.title}")
-            pipe = loading.pipeline(spec, transformer, where, share.pipe if share else None)
+            pipe = loading.pipeline(spec, transformer, where, share.pipe if share else None, home)
         engine = cls(spec, precision, kind, backend, where, pipe)
+        if room is not None:
+            room.seat(pipe)
         engine.attention, engine.wide_weights = attention, wide_weights
         return engine
 
@@ -206,6 +215,15 @@ class Engine:
         if stopped:
             raise Cancelled("the run was stopped")
         return latents, watch.paused if watch else 0.0
+
+
+def _room(device: torch.device, vram_budget: float | None, offload: bool) -> Room | None:
+    if vram_budget is None and not offload:
+        return None
+    if device.type != "cuda":
+        name = "offload" if vram_budget is None else "vram_budget"
+        raise ArgumentError(f"{name}: expected a model on a GPU, got one on {device.type}")
+    return room_on(device, vram_budget)
 
 
 def _backend_of(transformer: torch.nn.Module) -> str:

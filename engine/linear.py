@@ -66,12 +66,15 @@ class SVDQuantLinear(nn.Module):
         self._hold(ops.pack(linear, self._wanted, dtype))
 
     def _mode_on(self, backend: str) -> tuple[str, str]:
-        """The activation mode, and the backend that offers it: `backend`, or `reference` where it does not."""
+        """The activation mode, and the backend that offers it: `backend`, or another where it does not.
+
+        Hopper's own kernels know 8-bit tokens alone; Ampere's, which run there too, have 4-bit ones.
+        """
         modes = ops.backends.modes(backend)
         if self.activation == "w4a8":
             return ("int8" if "int8" in modes else "fp8"), backend
         mode = "uint4" if self.unsigned_input else "int4"
-        return mode, (backend if mode in modes else "reference")
+        return mode, (backend if mode in modes else "sm80" if backend == "sm90a" else "reference")
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), in the dtype of x; with `gelu`, GELU of that in its tanh form."""

@@ -160,6 +160,7 @@ def loader_for(args: argparse.Namespace) -> Callable[..., Any]:
         return Engine.load(
             spec, kind, device=args.device, activation=activation or args.activation, share=share, progress=progress,
             attention="8bit" if eight else "16bit", wide_weights=args.wide_weights and kind != "bf16",
+            vram_budget=args.vram_budget, offload=args.offload,
         )  # fmt: skip
 
     return load

@@ -83,6 +83,12 @@ def add_groups(this: argparse.ArgumentParser) -> Any:
         "--wide-weights", action="store_true",
         help="on Hopper, keep 8-bit copies of the 4-bit weights: faster, for 8.3 GiB more with FLUX.1",
     )  # fmt: skip
+    models.add_argument(
+        "--vram-budget", type=float, metavar="GIB",
+        help="GiB of a GPU that all models together keep to: networks come when they are called, a transformer that is "
+        "too large block by block",
+    )  # fmt: skip
+    models.add_argument("--offload", action="store_true", help="hold one network at a time on the GPU")
     models.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda[:index] (default auto)")
     _add_serving(this)
     _add_safety(this)

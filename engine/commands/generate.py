@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--wide-weights", action="store_true", help="on Hopper, keep 8-bit copies of the 4-bit weights: faster, larger"
     )
+    parser.add_argument("--vram-budget", type=float, metavar="GIB", help="GiB of a GPU that networks share in turns")
+    parser.add_argument("--offload", action="store_true", help="hold one network at a time on the GPU")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:index]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
@@ -97,6 +99,7 @@ def _generate(args: argparse.Namespace) -> list[dict[str, Any]]:
             spec, precision, device=args.device, activation=args.activation, share=first, progress=_say(args.json),
             attention="16bit" if precision == "bf16" else args.attention,
             wide_weights=args.wide_weights and precision != "bf16",
+            vram_budget=args.vram_budget, offload=args.offload,
         )  # fmt: skip
         first = first or engine
         result = _run(engine, request, quiet=args.json)

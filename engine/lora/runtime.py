@@ -26,6 +26,7 @@ from engine.lora.folded import into_folded, out_of_folded
 from engine.lora.fuse import add_ranks, pad_rank
 from engine.lora.targets import Target, find_targets, folded_of, transformer_of
 from engine.lora.weights import LoraWeights, read_lora
+from engine.residency import go_home
 
 __all__ = [
     "LoadedLora",
@@ -160,6 +161,7 @@ class _Bank:
 
     def rebuild(self) -> None:
         """Bring every layer in line with the list of LoRAs."""
+        go_home(self._transformer)
         self._restore()
         forget(self._transformer)  # a recorded graph reads the layers as they were
         loras = [into_folded(lora.weights, self._folded) for lora in self.loras.values()]
@@ -183,6 +185,7 @@ class _Bank:
 
     def apply_strengths(self) -> None:
         """Make the strengths of the list those that the layers use."""
+        go_home(self._transformer)
         if self._has_moved():
             self.rebuild()
             return

@@ -66,8 +66,14 @@ def add_lora(spec: ModelSpec, transformer: Any) -> None:
     )
 
 
-def pipeline(spec: ModelSpec, transformer: Any, device: torch.device, share: Any | None) -> Any:
-    """Put `transformer` into the diffusers pipeline of `spec`; encoders and VAE come from `share` if given."""
+def pipeline(
+    spec: ModelSpec, transformer: Any, device: torch.device, share: Any | None, home: torch.device | None = None
+) -> Any:
+    """Put `transformer` into the diffusers pipeline of `spec`; encoders and VAE come from `share` if given.
+
+    Networks lie on `home`, which is the device itself unless they only come to it (engine.residency).
+    """
+    home = home or device
     import diffusers
 
     pipeline_class = getattr(diffusers, spec.pipeline)
@@ -76,21 +82,21 @@ def pipeline(spec: ModelSpec, transformer: Any, device: torch.device, share: Any
         scheduler = share.scheduler.from_config(share.scheduler.config)
         pipe = pipeline_class(**{**share.components, "transformer": transformer, "scheduler": scheduler})
     else:
-        own = {"text_encoder_2": _four_bit_t5(spec, transformer, device)} if spec.text_encoder else {}
+        own = {"text_encoder_2": _four_bit_t5(spec, transformer, device, home)} if spec.text_encoder else {}
         with _explained(spec):
             pipe = pipeline_class.from_pretrained(spec.source, transformer=transformer, **own, dtype=DTYPE)
         for part in parts(pipe).values():
             if part is not transformer:
-                part.to(device).eval().requires_grad_(False)
+                part.to(home).eval().requires_grad_(False)
         if device.type == "cpu":
             settle_vae_on_cpu(pipe.vae)
     pipe.set_progress_bar_config(disable=True)
     with _explained(spec):
-        runner(spec).settle(pipe, spec, device, share)
+        runner(spec).settle(pipe, spec, home, share)
     return pipe
 
 
-def _four_bit_t5(spec: ModelSpec, transformer: Any, device: torch.device) -> Any:
+def _four_bit_t5(spec: ModelSpec, transformer: Any, device: torch.device, home: torch.device) -> Any:
     from engine import ops
     from engine.checkpoint.hub import resolve
     from engine.models.t5 import load_t5
@@ -98,7 +104,7 @@ def _four_bit_t5(spec: ModelSpec, transformer: Any, device: torch.device) -> Any
     if spec.family != "flux":
         raise ModelError(f"{spec.title} has no T5 text encoder that {spec.text_encoder} could stand in for")
     encoder: Any = load_t5(
-        resolve(spec.text_encoder), backend=ops.backends.select(device).name, device=device, dtype=DTYPE
+        resolve(spec.text_encoder), backend=ops.backends.select(device).name, device=home, dtype=DTYPE
     )
     found, wanted = encoder.config.d_model, transformer.config.joint_attention_dim
     if found != wanted:

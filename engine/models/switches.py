@@ -43,8 +43,8 @@ def set_wide_weights(transformer: Any, wide: bool) -> None:
     """
     layers = [module for module in transformer.modules() if isinstance(module, SVDQuantLinear)]
     hopper = [layer for layer in layers if layer.backend == "sm90a"]
-    if wide and not hopper:
-        raise ArgumentError("wide_weights: expected False, got True: only 4-bit models on an H100 or H200 use them")
+    if wide and (not hopper or next(hopper[0].buffers()).device.type == "cpu"):
+        raise ArgumentError("wide_weights: expected False, got True: only 4-bit models that stay on an H100 or H200 do")
     graphs.forget(transformer)
     for layer in hopper:
         layer.keep_wide(wide)

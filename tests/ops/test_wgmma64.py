@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine import ops
 from engine.errors import ArgumentError
+from engine.linear import SVDQuantLinear
 from engine.ops import wgmma64
 from tests.ops.cases import CASES, Case, random_linear
 
@@ -148,3 +149,9 @@ def test_modes_belong_to_backends():
     packed = ops.pack(random_linear(Case(1, 16, 64, 0)), "scalar")
     with pytest.raises(ArgumentError, match="mode: expected int8, int4, uint4 on backend scalar, got 'fp8'"):
         ops.svdq_linear(torch.zeros(1, 64), packed, "fp8")
+
+
+def test_4_bit_tokens_take_amperes_kernels():
+    layer = SVDQuantLinear(random_linear(Case(1, 48, 64, 16)), backend="sm90a", activation="w4a4", dtype=torch.bfloat16)
+    assert (layer.backend, layer.mode) == ("sm80", "int4")
+    assert layer.packed_wide is None
