@@ -1,6 +1,7 @@
 """A picture of FLUX.1-dev at full size within so many GiB of a GPU: this engine beside diffusers' offloading of BF16.
 
-    python bench/budget.py ours --gib 16 --json FILE
+    python bench/budget.py ours --gib 16 --json FILE     # 4-bit transformer and T5, all on the GPU
+    python bench/budget.py room --gib 12                 # T5 in BF16: networks come for their calls (--vram-budget)
     python bench/budget.py sequential --gib 16           # also: model, group (leaves, a stream, pinned memory)
     python bench/budget.py ours --tiny --device cpu      # a try on a CPU
 
@@ -26,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.evaluation.machine import machine, write_json
 from bench.flux_step import GIB
 from bench.random_models import CONFIG, quantized, random_layer, randomly_dense
+from engine.residency import room_on
 
-METHODS = ("ours", "sequential", "model", "group")
+METHODS = ("ours", "room", "sequential", "model", "group")
 T5 = dict(
     vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
     feed_forward_proj="gated-gelu", tie_word_embeddings=False,
@@ -94,10 +96,12 @@ def pipeline(method: str, device: str, sizes: dict[str, dict]) -> Any:
     def dense(kind: Any, config: dict) -> Any:
         return randomly_dense(kind, device, config).to(home)
 
-    ours = method == "ours"
-    transformer = (quantized(device, sizes["transformer"], "auto", 32) if ours
+    transformer = (quantized(device, sizes["transformer"], "auto", 32) if method in ("ours", "room")
                    else dense(FluxTransformer2DModel, sizes["transformer"]))  # fmt: skip
-    encoder = four_bit_t5(device, sizes["t5"]) if ours else dense(t5_encoder, sizes["t5"])
+    if method == "room":
+        for tensor in (*transformer.parameters(), *transformer.buffers()):
+            tensor.data = tensor.data.cpu()
+    encoder = four_bit_t5(device, sizes["t5"]) if method == "ours" else dense(t5_encoder, sizes["t5"])
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     pipeline_class: Any = FluxPipeline  # its types know no pipeline without tokenizers
     pipe = pipeline_class(
@@ -108,12 +112,14 @@ def pipeline(method: str, device: str, sizes: dict[str, dict]) -> Any:
     return pipe
 
 
-def settle(pipe: Any, method: str, device: str) -> None:
+def settle(pipe: Any, method: str, device: str, gib: float) -> None:
     """Put the method into effect."""
-    if method == "ours":
+    if method in ("ours", "room"):
         from engine import graphs
 
         graphs.record(pipe.transformer)
+        if method == "room":
+            room_on(torch.device(device), gib).seat(pipe)
     elif method == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif method == "sequential":
@@ -174,10 +180,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(options.gib * GIB / total, device)
-    settle(pipe, options.method, device)
+    settle(pipe, options.method, device, options.gib)
     row["setup_s"] = time.perf_counter() - began
     picture(pipe, device, options.size, 1)
-    if options.method == "ours":  # the second call of a shape is recorded
+    if options.method in ("ours", "room"):  # the second call of a shape is recorded
         picture(pipe, device, options.size, 1)
     if cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -47,6 +47,7 @@ ROWS = (
     Row("sana-bf16-eager", "bench/sana_step.py bf16-eager", 60),
     Row("flux-fp8", "bench/flux_step.py fp8mm", 120, 60),
     Row("budget-ours", "bench/budget.py ours", 90, 40),
+    Row("budget-room", "bench/budget.py room --gib 12", 90, 40),
     Row("budget-sequential", "bench/budget.py sequential --steps 2", 150, 60),
     Row("flux-int4w-512", "bench/flux_step.py int4w-eager --size 512", 60),
     Row("flux-int4-512", "bench/flux_step.py int4-eager --size 512", 60),

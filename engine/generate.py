@@ -22,7 +22,7 @@ from engine.memory import PeakMeter, module_bytes
 from engine.models import loading
 from engine.models.catalogue import ModelSpec, resolve
 from engine.models.families import runner
-from engine.models.switches import set_attention, set_wide_weights
+from engine.models.switches import ATTENTIONS, set_attention, set_wide_weights
 from engine.preview import Watch
 from engine.request import Request, Result, Step
 from engine.residency import Room, room_on
@@ -85,6 +85,8 @@ class Engine:
             raise ArgumentError(
                 f"precision: expected one of {', '.join(spec.precisions)} for {spec.name}, got {precision!r}"
             )
+        if attention not in ATTENTIONS:
+            raise ArgumentError(f"attention: expected {' or '.join(ATTENTIONS)}, got {attention!r}")
         if share is not None and share.spec != spec:
             raise ArgumentError(f"share: expected an engine of {spec.name}, got one of {share.spec.name}")
         where = pick_device(device)

@@ -14,6 +14,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Room:
     def __init__(self, device: torch.device, budget: int | None) -> None:
         self.device, self.budget = device, budget
         self._here: OrderedDict[Unit, None] = OrderedDict()  # least recently used first
-        self._known: set[int] = set()
+        self._known: WeakSet[nn.Module] = WeakSet()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.most = 0  # bytes of weights that were here at once
 
@@ -64,17 +65,17 @@ class Room:
 
         Raises ArgumentError where it is larger than the budget.
         """
-        if id(module) in self._known:
+        if module in self._known:
             return
         unit = Unit(module, [module])
         self._check(unit.bytes, type(module).__name__)
-        self._known.add(id(module))
+        self._known.add(module)
         for part in (module, *module.children()):
             part.register_forward_pre_hook(_Caller(self, unit), with_kwargs=True, prepend=True)
 
     def admit_transformer(self, model: nn.Module) -> None:
         """The same; a model that is larger than the budget comes block by block, the next one while one is at work."""
-        if id(model) in self._known:
+        if model in self._known:
             return
         blocks = [block for part in model.children() if isinstance(part, nn.ModuleList) for block in part]
         whole = Unit(model, [model])
@@ -96,13 +97,14 @@ class Room:
                 passing.append(unit)
                 block.register_forward_hook(_Leaver(self, unit))
             block.register_forward_pre_hook(_Caller(self, unit, passing), with_kwargs=True, prepend=True)
-        self._known.add(id(model))
+        self._known.add(model)
 
     def bring(self, unit: Unit, ahead: bool = False) -> None:
         """Have a unit here, after sending away what is in its way; `ahead`: on its way, if there is room."""
         if unit in self._here:
             self._here.move_to_end(unit)
             return
+        unit.measure()
         others = self._in_the_way(unit)
         if ahead and others:
             return
@@ -160,9 +162,14 @@ class Unit:
 
     def __init__(self, owner: nn.Module, modules: Iterable[nn.Module], deep: bool = True) -> None:
         self.owner, self._modules, self._deep = owner, list(modules), deep
-        self.bytes = sum(tensor.nbytes for tensor in self._tensors())
+        self.bytes = 0
+        self.measure()
         self._host: dict[int, tuple[Tensor, Tensor]] = {}  # each tensor and its copy on the host
         self._arrived: Any = None
+
+    def measure(self) -> None:
+        """Take note of its size, which a LoRA changes."""
+        self.bytes = sum(tensor.nbytes for tensor in self._tensors())
 
     def come(self, device: torch.device, stream: Any) -> None:
         """Copy to the device; on `stream`, if one is given, beside what runs."""

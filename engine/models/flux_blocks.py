@@ -13,12 +13,13 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
     FluxSingleTransformerBlock,
+    FluxTransformer2DModel,
     FluxTransformerBlock,
 )
 from torch import Tensor, nn
 
 from engine import ops
-from engine.models.normed import Projection, added, heads, normed, owns_stream
+from engine.models.normed import Projection, added, heads, normed, owns_stream, place_blocks
 
 __all__ = ["FusedDoubleBlock", "FusedSingleBlock", "fuse_blocks", "unfuse_blocks"]
 
@@ -116,12 +117,14 @@ def _attend(attn: Any, projections: list[Projection], rotary: Rotary) -> Tensor:
     return out.flatten(2, 3).to(query.dtype)
 
 
+_FORWARD = FluxTransformer2DModel.forward
 _FUSED = {FluxSingleTransformerBlock: FusedSingleBlock, FluxTransformerBlock: FusedDoubleBlock}
 
 
 def fuse_blocks(model: Any) -> None:
     """Let the blocks of a prepared FLUX transformer run with fewer copies and passes, in place."""
     _become(model, _FUSED)
+    place_blocks(model, _FORWARD, "transformer_blocks", "single_transformer_blocks")
     # `compile_repeated_blocks` goes by these names.
     model._repeated_blocks = [*type(model)._repeated_blocks, *(new.__name__ for new in _FUSED.values())]
 

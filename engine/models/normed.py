@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from engine import ops
 from engine.linear import SVDQuantLinear
 
-__all__ = ["Projection", "added", "heads", "normed", "owns_stream"]
+__all__ = ["Projection", "added", "heads", "normed", "owns_stream", "place_blocks"]
 
 
 class Projection(NamedTuple):
@@ -78,7 +80,30 @@ def _bare(layer: nn.Module) -> bool:
     return layer.branch_scale is None and layer.bias_delta is None
 
 
+# Blocks, and where in which model they are; and the `forward` of diffusers that reads nothing of what it gave them.
+_places: WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], Any, str, int]] = WeakKeyDictionary()
+
+
+def place_blocks(model: nn.Module, forward: Any, *names: str) -> None:
+    """Take note of the blocks in these lists of a model, for owns_stream; `forward` is that of diffusers' class."""
+    for name in names:
+        for index, block in enumerate(getattr(model, name)):
+            _places[block] = weakref.ref(model), forward, name, index
+
+
 def owns_stream(block: nn.Module) -> bool:
-    """Whether a block may change what it is given: a plain step, in which no hook looks at it."""
+    """Whether a block may change what it is given: a plain step of its model as diffusers wrote it.
+
+    Whoever calls blocks otherwise may look at their inputs afterwards, as caches of the first block do.
+    """
     hooked = block._forward_hooks or block._forward_pre_hooks or hasattr(block, "_diffusers_hook")
-    return not hooked and not torch.is_grad_enabled()
+    if hooked or torch.is_grad_enabled() or (place := _places.get(block)) is None:
+        return False
+    model, forward, name, index = place[0](), *place[1:]
+    if model is None or type(model).forward is not forward:
+        return False
+    own = model.__dict__.get("forward")  # a Recorder's (engine.graphs), or somebody else's
+    if own is not None and getattr(getattr(own, "_forward", None), "__func__", None) is not forward:
+        return False
+    blocks = getattr(model, name)
+    return index < len(blocks) and blocks[index] is block

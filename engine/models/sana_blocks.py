@@ -9,11 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0, SanaTransformerBlock
+from diffusers.models.transformers.sana_transformer import (
+    SanaAttnProcessor2_0,
+    SanaTransformer2DModel,
+    SanaTransformerBlock,
+)
 from torch import Tensor
 
 from engine import ops
-from engine.models.normed import added, normed, owns_stream
+from engine.models.normed import added, normed, owns_stream, place_blocks
 from engine.models.sana import ChannelsLastGLU, LinearAttention
 
 __all__ = ["FusedSanaBlock", "fuse_blocks", "unfuse_blocks"]
@@ -50,6 +54,9 @@ class FusedSanaBlock(SanaTransformerBlock):
         return added(x, ff_gate, True, (ff.conv_point, narrow))
 
 
+_FORWARD = SanaTransformer2DModel.forward
+
+
 def _plain(block: Any) -> bool:
     attn, cross = block.attn1, getattr(block, "attn2", None)
     return (
@@ -78,6 +85,7 @@ def fuse_blocks(model: Any) -> None:
     for block in model.transformer_blocks:
         if type(block) is SanaTransformerBlock:
             block.__class__ = FusedSanaBlock
+    place_blocks(model, _FORWARD, "transformer_blocks")
     # `compile_repeated_blocks` goes by these names.
     model._repeated_blocks = [*(type(model)._repeated_blocks or ()), FusedSanaBlock.__name__]
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from engine import graphs
 from engine.models import flux
 from engine.models.flux_blocks import FusedDoubleBlock, FusedSingleBlock, unfuse_blocks
+from engine.models.normed import owns_stream
 
 
 @pytest.fixture
@@ -77,3 +79,29 @@ def test_compiling_repeated_blocks_finds_them(model: FluxTransformer2DModel):
     flux.fuse(model)
     names = {type(block).__name__ for block in [*model.transformer_blocks, *model.single_transformer_blocks]}
     assert names <= set(model._repeated_blocks)
+
+
+@torch.no_grad()
+def test_a_block_owns_its_stream_in_a_plain_step_alone(model: FluxTransformer2DModel, monkeypatch: pytest.MonkeyPatch):
+    """Caches of the first block compare its input with its output: there it must not change the input."""
+    concatenate(model)
+    flux.fuse(model)
+    first, last = model.transformer_blocks[0], model.single_transformer_blocks[-1]
+    assert owns_stream(first)
+    assert owns_stream(last)
+    graphs.record(model)
+    assert owns_stream(first)
+    with torch.enable_grad():
+        assert not owns_stream(first)
+    handle = first.register_forward_hook(lambda *_: None)
+    assert not owns_stream(first)
+    handle.remove()
+    with monkeypatch.context() as patched:
+        patched.setattr(FluxTransformer2DModel, "forward", lambda *_: None)
+        assert not owns_stream(first)
+    blocks, model.transformer_blocks = model.transformer_blocks, torch.nn.ModuleList([torch.nn.Sequential(first)])
+    assert not owns_stream(first)
+    model.transformer_blocks = blocks
+    assert owns_stream(first)
+    model.forward = lambda *_: None
+    assert not owns_stream(first)
