@@ -22,7 +22,8 @@ from bench.evaluation.machine import machine, write_json
 from engine import Engine
 from engine.devices import pick_device
 from engine.metrics import psnr
-from engine.models.switches import ATTENTIONS, set_attention
+from engine.models.switches import set_attention
+from engine.request import ATTENTIONS
 
 GOAL = 1.0  # dB that 8 bits may cost
 

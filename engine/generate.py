@@ -22,7 +22,7 @@ from engine.memory import PeakMeter, module_bytes
 from engine.models import loading
 from engine.models.catalogue import ModelSpec, resolve
 from engine.models.families import runner
-from engine.models.switches import ATTENTIONS, set_attention, set_wide_weights
+from engine.models.switches import check_attention, set_attention, set_wide_weights
 from engine.preview import Watch
 from engine.request import Request, Result, Step
 from engine.residency import Room, room_on
@@ -85,8 +85,7 @@ class Engine:
             raise ArgumentError(
                 f"precision: expected one of {', '.join(spec.precisions)} for {spec.name}, got {precision!r}"
             )
-        if attention not in ATTENTIONS:
-            raise ArgumentError(f"attention: expected {' or '.join(ATTENTIONS)}, got {attention!r}")
+        check_attention(attention)
         if share is not None and share.spec != spec:
             raise ArgumentError(f"share: expected an engine of {spec.name}, got one of {share.spec.name}")
         where = pick_device(device)
@@ -103,9 +102,11 @@ class Engine:
                 backend, kind = ops.backends.select(where).name, resolve_activation(activation, where)
                 transformer = loading.quantized_transformer(spec, precision, backend, kind, home, tell)
                 backend = _backend_of(transformer) or backend
-            set_attention(transformer, attention)
+            if attention != "16bit":
+                set_attention(transformer, attention)
             loading.add_lora(spec, transformer)
-            set_wide_weights(transformer, wide_weights)
+            if wide_weights:
+                set_wide_weights(transformer, wide_weights)
             if share is None:
                 tell(f"loading text encoders and VAE of {spec.title}")
             pipe = loading.pipeline(spec, transformer, where, share.pipe if share else None, home)

@@ -131,7 +131,9 @@ class SVDQuantLinear(nn.Module):
 
     def keep_wide(self, wide: bool) -> None:
         """Keep the weights in 8 bits too, where products multiply those (ops.keep_wide), or no more."""
-        if self.wide and not wide:
+        if wide == self.wide:
+            return
+        if not wide:
             ops.drop_wide(self.packed)
         self.wide = wide
         self._hold(self.packed)

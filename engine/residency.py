@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -219,8 +219,8 @@ class Unit:
 class _Caller:
     """Before a module's call: its unit comes, the next one of those that pass is sent for, its inputs move along."""
 
-    def __init__(self, room: Room, unit: Unit, passing: list[Unit] | None = None) -> None:
-        self._room, self._unit, self._passing = room, unit, [] if passing is None else passing
+    def __init__(self, room: Room, unit: Unit, passing: Sequence[Unit] = ()) -> None:
+        self._room, self._unit, self._passing = room, unit, passing
 
     def __call__(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self._room.bring(self._unit)

@@ -6,8 +6,9 @@ import argparse
 from typing import Any
 
 from apps.common.app import App
-from apps.common.models import ACTIVATIONS, ATTENTIONS
+from apps.common.models import ACTIVATIONS
 from engine.models import catalogue
+from engine.request import ATTENTIONS
 
 __all__ = ["add_groups", "bare_parser", "parser"]
 

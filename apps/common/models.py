@@ -13,7 +13,6 @@ from engine.models.catalogue import ModelSpec
 __all__ = ["Choice", "beside", "choose", "downloaded", "has_column", "parted"]
 
 ACTIVATIONS = ("w4a8", "w4a4")
-ATTENTIONS = ("16bit", "8bit")
 
 
 @dataclass(frozen=True)

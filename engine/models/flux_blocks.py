@@ -70,10 +70,10 @@ class FusedDoubleBlock(FluxTransformerBlock):
         (qkv,) = normed(hidden_states, picture[1], picture[0], self.norm1.norm, attn.to_qkv)
         (words,) = normed(encoder_hidden_states, text[1], text[0], self.norm1_context.norm, attn.to_added_qkv)
         attended = _attend(attn, [words, qkv], image_rotary_emb)
-        seen, read = attended[:, length:], attended[:, :length]
-        hidden_states = added(hidden_states, picture[2], owns_stream(self), (attn.to_out[0], seen.contiguous()))
+        seen, read, owned = attended[:, length:], attended[:, :length], owns_stream(self)
+        hidden_states = added(hidden_states, picture[2], owned, (attn.to_out[0], seen.contiguous()))
         hidden_states = _feed(self.ff, self.norm2, hidden_states, picture)
-        x = added(encoder_hidden_states, text[2], owns_stream(self), (attn.to_add_out, read.contiguous()))
+        x = added(encoder_hidden_states, text[2], owned, (attn.to_add_out, read.contiguous()))
         x = _feed(self.ff_context, self.norm2_context, x, text)
         if x.dtype == torch.float16:
             x = x.clip(-65504, 65504)

@@ -49,12 +49,10 @@ def heads(
     projections: of the text, if any, and of the picture; norms: of query and key of the picture, then of the text.
     """
     weights, eps, picture = [norm.weight for norm in norms], norms[0].eps, projections[-1]
-    layers, batch = [projection.layer for projection in projections], picture.batch
-    if all(_bare(layer) and not isinstance(one.tokens, Tensor) for one, layer in zip(projections, layers, strict=True)):
-        packed = [layer.packed for layer in layers]
-        if ops.projects_heads(packed, rotary[0], picture.dtype, batch):
-            acts = [projection.tokens for projection in projections]
-            return ops.project_heads(acts, packed, weights, *rotary, eps, batch)
+    if all(_bare(one.layer) and not isinstance(one.tokens, Tensor) for one in projections):
+        packed, acts = [one.layer.packed for one in projections], [one.tokens for one in projections]
+        if ops.projects_heads(packed, rotary[0], picture.dtype, picture.batch):
+            return ops.project_heads(acts, packed, weights, *rotary, eps, picture.batch)
     text = projections[0].value() if len(projections) == 2 else None
     return ops.rotate_heads(picture.value(), text, weights, *rotary, eps)
 

@@ -7,10 +7,15 @@ from typing import Any
 from engine import graphs
 from engine.errors import ArgumentError
 from engine.linear import SVDQuantLinear
+from engine.request import ATTENTIONS
 
-__all__ = ["ATTENTIONS", "set_attention", "set_wide_weights"]
+__all__ = ["check_attention", "set_attention", "set_wide_weights"]
 
-ATTENTIONS = ("16bit", "8bit")
+
+def check_attention(attention: str) -> None:
+    """Raise ArgumentError for an unknown name."""
+    if attention not in ATTENTIONS:
+        raise ArgumentError(f"attention: expected {' or '.join(ATTENTIONS)}, got {attention!r}")
 
 
 def set_attention(transformer: Any, attention: str) -> None:
@@ -23,8 +28,7 @@ def set_attention(transformer: Any, attention: str) -> None:
     """
     from engine.models.flux_blocks import FusedDoubleBlock, FusedSingleBlock
 
-    if attention not in ATTENTIONS:
-        raise ArgumentError(f"attention: expected {' or '.join(ATTENTIONS)}, got {attention!r}")
+    check_attention(attention)
     blocks: list[Any] = [
         module for module in transformer.modules() if isinstance(module, FusedDoubleBlock | FusedSingleBlock)
     ]

@@ -162,7 +162,7 @@ def add_linear_(x: Tensor, gate: Tensor, y: Tensor, packed: PackedLinear, mode: 
 
 def adds_at_once(x: Tensor, gate: Tensor, packed: PackedLinear) -> bool:
     """Whether add_linear_ takes no pass of its own over x (B, T, N) and gate (B, N)."""
-    return packed.backend == "sm90a" and cuda.can_add(x, gate)
+    return cuda.can_add(x, gate, packed.spec)
 
 
 def keep_wide(packed: PackedLinear) -> Tensor | None:

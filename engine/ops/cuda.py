@@ -207,8 +207,10 @@ def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str, gelu: bool = Fal
     return y.view(*x.shape[:-1], spec.n)
 
 
-def can_add(x: Tensor, gate: Tensor) -> bool:
+def can_add(x: Tensor, gate: Tensor, spec: Spec) -> bool:
     """Whether add_linear_ takes x and gate: a tile of tokens must have one sample's gates."""
+    if spec.backend != "sm90a":
+        return False
     whole = x.dtype == gate.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[2] % 8 == 0
     return whole and gate.stride(1) == 1 and (x.shape[0] == 1 or x.shape[1] % 128 == 0)
 

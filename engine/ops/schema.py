@@ -87,7 +87,7 @@ def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str, gelu: bool = Fal
 
 def _add_linear(x: Tensor, gate: Tensor, y: Tensor, blob: Tensor, spec: str, mode: str) -> None:
     parsed = parse(spec)
-    if parsed.backend == "sm90a" and cuda.can_add(x, gate):
+    if cuda.can_add(x, gate, parsed):
         cuda.add_linear_(x, gate, y, blob, parsed, mode)
     else:
         x.copy_(torch.ops.nibble.gated_add.default(x, gate, _svdq_linear(y, blob, spec, mode)))

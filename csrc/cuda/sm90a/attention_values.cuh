@@ -2,12 +2,11 @@
 //
 // Within each run of 32 keys they are put in the order in which a thread of wgmma's D holds its scores.
 #pragma once
-#include "../kernels.h"
-#include "pairs.cuh"
+#include "attention.cuh"
 
 namespace nibble::sm90a {
 
-constexpr int kValueTokens = 128, kValueThreads = 256, kValueElements = 128;
+constexpr int kValueTokens = kKeys, kValueThreads = 256;
 constexpr int kValueRow = kValueTokens + 4;  // bytes: the padding spreads a column over the banks
 
 // Where key k of a run of 32 lies: a thread's scores of keys 8j + 2c + {0, 1} become its bytes 4c + ... of operand A.
@@ -19,10 +18,10 @@ __device__ inline int value_position(int key) {
 // values: (batch * heads, 128, padded_tokens), a multiple of 128; zeros past the end.
 __global__ void __launch_bounds__(kValueThreads)
     attention_values_kernel(const __grid_constant__ Attention p, int padded_tokens) {
-  __shared__ uint8_t values[kValueElements * kValueRow];
+  __shared__ uint8_t values[kHead * kValueRow];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, batch = blockIdx.z;
   const int first = blockIdx.x * kValueTokens;
-  const auto* from = static_cast<const __nv_bfloat16*>(p.v.data) + batch * p.v.batch_stride + head * kValueElements;
+  const auto* from = static_cast<const __nv_bfloat16*>(p.v.data) + batch * p.v.batch_stride + head * kHead;
 #pragma unroll 4
   for (int t = warp; t < kValueTokens; t += kValueThreads / 32) {
     float v[4] = {};
@@ -36,8 +35,8 @@ __global__ void __launch_bounds__(kValueThreads)
   }
   __syncthreads();
   const int64_t plane = int64_t{batch} * p.heads + head;
-  for (int row = warp; row < kValueElements; row += kValueThreads / 32) {
-    auto* to = p.values + (plane * kValueElements + row) * padded_tokens + first;
+  for (int row = warp; row < kHead; row += kValueThreads / 32) {
+    auto* to = p.values + (plane * kHead + row) * padded_tokens + first;
     reinterpret_cast<uint32_t*>(to)[lane] = *reinterpret_cast<const uint32_t*>(values + row * kValueRow + lane * 4);
   }
 }

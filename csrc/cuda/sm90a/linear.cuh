@@ -388,7 +388,7 @@ __device__ void finish_sums(const Args& p, float low, float high, float (&sum)[k
 template <int kTokens>
 __device__ void apply_gate(const Args& p, int n, int token, float (&sum)[kTokens / 2]) {
   const uint16_t* from = p.gate + token / p.tokens_per_sample * p.gate_stride + n;
-  const auto gate = [&](int row) { return n + row < p.n_valid ? __uint_as_float(uint32_t{from[row]} << 16) : 0.0f; };
+  const auto gate = [&](int row) { return n + row < p.n_valid ? scale_value(from[row], DType::bf16) : 0.0f; };
   const float low = gate(0), high = gate(8);
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) sum[i] *= i & 2 ? high : low;
