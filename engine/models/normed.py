@@ -83,7 +83,7 @@ class _Place(NamedTuple):
     forward: Any
     lists: tuple[str, ...]  # of all placed blocks, in the order in which the model runs them
     name: str
-    index: int
+    at: int
 
 
 # Blocks, and where in which model they are; and the `forward` of diffusers that reads nothing of what it gave them.
@@ -114,13 +114,13 @@ def owns_stream(block: nn.Module) -> bool:
     if own is not None and getattr(getattr(own, "_forward", None), "__func__", None) is not forward:
         return False
     blocks = getattr(model, place.name)
-    return place.index < len(blocks) and blocks[place.index] is block
+    return place.at < len(blocks) and blocks[place.at] is block
 
 
 def step_blocks(block: nn.Module) -> list[nn.Module]:
     """All blocks of the model, in order, if this one is the first of a plain step; else none."""
     place = _places.get(block)
-    if place is None or place.index or not owns_stream(block):
+    if place is None or place.at or not owns_stream(block):
         return []
     model: Any = place.model()
     blocks = [other for name in place.lists for other in getattr(model, name)]

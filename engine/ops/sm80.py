@@ -105,8 +105,10 @@ def awq_linear(x: Tensor, blob: Tensor, spec: Spec) -> Tensor:
     return y
 
 
-def awq_linears_(flat: Tensor, starts: Sequence[int], x: Tensor, blobs: Sequence[Tensor], specs: Sequence[Spec]) -> None:
-    """flat[start : start + M * N] = awq_linear of each layer, as (M, N), in one launch; fewer than DENSE_FROM tokens."""
+def awq_linears_(
+    flat: Tensor, starts: Sequence[int], x: Tensor, blobs: Sequence[Tensor], specs: Sequence[Spec]
+) -> None:
+    """flat[start : start + M * N] = awq_linear of each layer as (M, N), in one launch; M below DENSE_FROM."""
     rows, size, layers = _rows(x.float()), flat.element_size(), []
     for blob, spec, start in zip(blobs, specs, starts, strict=True):
         offsets, (n, _, scales) = _layer(spec.key)

@@ -1,4 +1,4 @@
-"""Modulation layers of a step that are multiplied at once give what each gives by itself, and only where that is safe."""
+"""Modulation layers of a step, multiplied at once, give what each gives by itself; and only where that is safe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from bench.random_models import randomly_quantized
 from engine import ops
 from engine.linear import AWQLinear
 from engine.models import flux, modulation
-from engine.models.flux_blocks import unfuse_blocks
+from engine.models.flux_blocks import _norms, unfuse_blocks
+from engine.residency import GIB, RESERVE, Room, Unit
 from tests.models.conftest import CONFIG, flux_inputs
 
 LAYERS = 6  # of two double and two single blocks
@@ -118,14 +119,10 @@ def test_gradients_and_unfused_blocks_are_left_alone(groups: list[int]):
 
 def ask(block: Any, temb: Tensor) -> Tensor:
     """What a block is given."""
-    from engine.models.flux_blocks import _norms
-
     return torch.cat(modulation.modulations(block, temb, _norms), dim=1)
 
 
 def alone(block: Any, temb: Tensor) -> Tensor:
-    from engine.models.flux_blocks import _norms
-
     return torch.cat([norm.linear(norm.silu(temb)) for norm in _norms(block)], dim=1)
 
 
@@ -181,3 +178,22 @@ def test_another_activation_is_asked(groups: list[int]):
     model.single_transformer_blocks[1].norm.silu = nn.GELU()
     assert torch.equal(run(model), run_alone(model))
     assert groups == [LAYERS - 1]
+
+
+def check_weights_that_come(device: str, streamed: bool, groups: list[int]) -> None:
+    """As a whole they are there before the first block is called; block by block each layer goes by itself."""
+    model = small(device)
+    whole = Unit(model, [model])
+    for tensor in whole._tensors():
+        tensor.data = tensor.data.cpu()
+    where = torch.empty(0, device=device).device
+    room = Room(where, int(RESERVE * GIB) + (whole.bytes * 19 // 20 if streamed else 2 * whole.bytes))
+    room.admit_transformer(model)
+    for _ in range(3):
+        assert torch.equal(run(model, device), run_alone(model, device))
+    assert groups == ([] if streamed else [LAYERS] * 3)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_weights_that_come_for_their_calls(streamed: bool, groups: list[int]):
+    check_weights_that_come("cpu", streamed, groups)
