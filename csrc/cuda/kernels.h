@@ -152,11 +152,35 @@ struct Attention {
   float scale, v_scale;
 };
 
+// A layer of AwqLinears. Scales, zeros and bias lie so many bytes behind its codes; first_panel: panels of the layers
+// before it; y (M,N) dense.
+struct AwqLayer {
+  const uint8_t* codes;
+  void* y;
+  uint32_t scales, zeros, bias;
+  int n, first_panel;
+  DType scale_dtype;
+};
+
+// AwqLinear for many layers that read the same tokens, in one launch: the same bits as one by one. The layers travel as
+// parameters of the kernel, which hold 4 KB, so that no table has to be kept in device memory.
+constexpr int kMostLayers = 96;
+
+struct AwqLinears {
+  const float* x;
+  int64_t m, x_stride, k;
+  DType y_dtype;
+  int layers;
+  AwqLayer layer[kMostLayers];
+};
+static_assert(sizeof(AwqLinears) <= 4096);
+
 // Ampere and everything after it, on the layouts of ops.h ("panel16"): pointers there are device memory. Rows of x, and
 // of token codes, begin on 16-byte borders.
 Status quantize_act_sm80(const QuantizeAct&, void* stream);
 Status linear_sm80(const Linear&, void* stream);
 Status awq_linear_sm80(const AwqLinear&, void* stream);
+Status awq_linears_sm80(const AwqLinears&, void* stream);
 Status gated_add_sm80(const GatedAdd&, void* stream);
 Status rotate_heads_sm80(const RotateHeads&, void* stream);
 Status depthwise_glu_sm80(const DepthwiseGlu&, void* stream);

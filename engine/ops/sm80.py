@@ -5,6 +5,7 @@ They read the layout of the CPU kernels ("panel16"), and give the CPU's codes an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -18,7 +19,7 @@ from engine.ops.layout import PackedAwq, unpack_awq
 from engine.ops.reference import QuantizedAct
 from engine.ops.spec import Spec, parse
 
-__all__ = ["awq_linear", "linear", "quantize_act", "svdq_linear"]
+__all__ = ["awq_linear", "awq_linears_", "linear", "quantize_act", "svdq_linear"]
 
 # The weight-only kernel widens weights anew for every eight tokens.
 DENSE_FROM = 128
@@ -102,3 +103,17 @@ def awq_linear(x: Tensor, blob: Tensor, spec: Spec) -> Tensor:
             torch.cuda.current_stream().cuda_stream,
         ))  # fmt: skip
     return y
+
+
+def awq_linears_(
+    flat: Tensor, starts: Sequence[int], x: Tensor, blobs: Sequence[Tensor], specs: Sequence[Spec]
+) -> None:
+    """flat[start : start + M * N] = awq_linear of each layer as (M, N), in one launch; M below DENSE_FROM."""
+    rows, size, layers = _rows(x.float()), flat.element_size(), []
+    for blob, spec, start in zip(blobs, specs, starts, strict=True):
+        offsets, (n, _, scales) = _layer(spec.key)
+        layers.append((*_addresses(blob, offsets), flat.data_ptr() + start * size, n, scales))
+    sizes = rows.shape[1], rows.shape[0], rows.stride(0)
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        check(kernels().awq_linears_sm80(layers, sizes, rows.data_ptr(), DTYPES[flat.dtype], stream))

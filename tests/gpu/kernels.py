@@ -63,8 +63,11 @@ def other_cards() -> None:
     packed = ops.pack(ops.CanonicalLinear(**on_device(random_linear(case))), "sm80")
     for mode in ("int8", "int4", "uint4"):
         ops.svdq_linear(tokens(case, torch.bfloat16).cuda(), packed, mode)
-    awq = ops.AwqWeight(**on_device(random_awq(Case(3, 70, 192, 0))))
-    ops.awq_linear(tokens(Case(3, 70, 192, 0), torch.bfloat16).cuda(), ops.pack_awq(awq, "sm80"))
+    layers = [ops.pack_awq(ops.AwqWeight(**on_device(random_awq(Case(3, n, 1600, 0)))), "sm80") for n in (70, 16, 33)]
+    for count in (1, 3, 9):
+        x = tokens(Case(count, 70, 1600, 0), torch.bfloat16).cuda()
+        ops.awq_linear(x, layers[0])
+        ops.awq_linears(x, layers)
 
 
 if __name__ == "__main__":
