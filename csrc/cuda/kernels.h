@@ -79,7 +79,7 @@ struct QuantizeTarget {
 
 // Which kernel: every CTA a few tokens, CTAs that stay with their part of `down` (for many tokens), or CTAs alone on
 // their multiprocessor with as many whole rows as it holds. What does not serve a shape leaves it to the first.
-enum QuantizeForm { kChosen, kStreaming, kResident, kRows };
+enum QuantizeForm { kChosen, kStreaming, kResident, kWholeRows };
 
 // Tokens x (M,K) bf16, rows x_stride elements apart and on 16-byte borders, for one or two linears. Where `scale` is
 // given: x = LayerNorm(x) * (1 + scale) + shift first; scale, shift: (samples,K) bf16, rows mod_stride elements apart,

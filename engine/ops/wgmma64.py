@@ -93,13 +93,12 @@ def read(spec: Spec, parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tile_down(down: Tensor) -> Tensor:
-    """(R, K) -> (K/32, R/16, 2, 8, 4, 2, 2, 2): for each 32 inputs and 16 ranks a warp's two operands, a lane's four words.
+    """(R, K) -> (K/32, R/16, 2, 8, 4, 2, 2, 2): 32 inputs and 16 ranks are two operands of a warp, four words a lane.
 
-    Lane 4 g + q has the eight inputs from 8 q on; operand h has their pairs 2 h + p. Words go by p, then by rank: g or
-    g + 8.
+    Of operand h lane 4 g + q has, in word 2 p + r, rank 8 r + g and of the eight inputs from 8 q on the pair 2 h + p.
     """
     rank, k = down.shape
-    # r, g, q, h, p and the element of a pair; runs and sixteens of ranks before them.
+    # R/16, r, g, K/32, q, h, p and the pair's element
     return down.reshape(rank // 16, 2, 8, k // 32, 4, 2, 2, 2).permute(3, 0, 5, 2, 4, 6, 1, 7)
 
 

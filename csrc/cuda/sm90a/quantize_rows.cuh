@@ -79,26 +79,41 @@ __device__ inline void take_statistics(const Rows& s, int t) {
   if (s.lane == 0) s.shared.mean[t] = mean, s.shared.inverse[t] = rsqrtf(squares + s.p.eps);
 }
 
-// A thread's eight columns of tokens `t` to `until`: [normalizes, and] leaves the largest values in of_warp.
+// A thread's eight columns, and what is kept of them from step to step.
 template <int kTargets, bool kNorm>
-__device__ inline void look_at_columns(const Rows& s, const Columns<kTargets>& columns, int t, int until) {
-  const int column = static_cast<int>(threadIdx.x) * 8;
-  const bool real = column < s.inputs;
+struct Owner {
+  const int column;
+  const bool real;
+  const Columns<kTargets> columns;
   Modulation modulation;
+  int known_until = 0;  // the token with which `modulation` ends
+
+  __device__ explicit Owner(const Rows& s)
+      : column(static_cast<int>(threadIdx.x) * 8), real(column < s.inputs), columns(s.p, column, real) {
+    take_sample(s, 0);
+  }
+  __device__ void take_sample(const Rows& s, int t) {
+    known_until = kNorm ? modulation.take(s.p, s.first_token + t, column, real) - s.first_token : s.tokens;
+  }
+};
+
+// Tokens `t` to `until`: [normalizes, and] leaves the largest values in of_warp.
+template <int kTargets, bool kNorm>
+__device__ inline void look_at_columns(const Rows& s, Owner<kTargets, kNorm>& mine, int t, int until) {
   while (t < until) {
-    int end = until;
-    if (kNorm) end = min(modulation.take(s.p, s.first_token + t, column, real) - s.first_token, until);
+    if (t == mine.known_until) mine.take_sample(s, t);
+    const int end = min(mine.known_until, until);
 #pragma unroll 4
     for (; t < end; ++t) {
       float v[8], largest[kTargets];
       uint4 raw{};
-      if (real) raw = s.at(t, column);
+      if (mine.real) raw = s.at(t, mine.column);
       unpack_eight(raw, v);
       if (kNorm) {
-        raw = modulation.apply(s.shared.mean[t], s.shared.inverse[t], v);
-        if (real) s.at(t, column) = raw;
+        raw = mine.modulation.apply(s.shared.mean[t], s.shared.inverse[t], v);
+        if (mine.real) s.at(t, mine.column) = raw;
       }
-      largest_of(columns, v, largest);
+      largest_of(mine.columns, v, largest);
 #pragma unroll
       for (int target = 0; target < kTargets; ++target) {
         if (s.lane == 0) s.shared.of_warp[target][s.warp][t] = largest[target];
@@ -237,8 +252,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
   const Rows s{p,      shared, memory,          min(tokens, static_cast<int>(p.m) - first), first,
                inputs, pitch,  warp_in_block(), static_cast<int>(threadIdx.x % 32)};
   fetch_rows(s);
-  const int column = static_cast<int>(threadIdx.x) * 8;
-  const Columns<kTargets> columns(p, column, column < inputs);
+  Owner<kTargets, kNorm> mine(s);
   for (int begin = 0; begin < s.tokens; begin += kRowsWarps) {
     const int step = begin / kRowsWarps;
     barrier_wait(shared_address(&shared.arrived[step]), 0);
@@ -246,7 +260,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
       if (begin + s.warp < s.tokens) take_statistics(s, begin + s.warp);
       __syncthreads();
     }
-    look_at_columns<kTargets, kNorm>(s, columns, begin, s.tokens_until(step));
+    look_at_columns(s, mine, begin, s.tokens_until(step));
   }
   choose_scales<kTargets>(s);
   RowsSums d[kTargets] = {};
