@@ -65,6 +65,8 @@ __device__ inline void take_statistics(const Rows& s, int t) {
   const auto real = [&](int chunk) { return chunk * 256 + s.lane * 8 < s.inputs; };
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) unpack_eight(real(c) ? s.at(t, c * 256 + s.lane * 8) : uint4{}, v[c]);
+#pragma unroll  // kept as they are: else the compiler unpacks them a second time
+  for (int i = 0; i < kChunks * 8; ++i) asm volatile("" : "+f"(v[i / 8][i % 8]));
   float sum = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < kChunks * 8; ++i) sum += v[i / 8][i % 8];
