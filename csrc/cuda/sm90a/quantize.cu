@@ -118,11 +118,11 @@ bool rows_serve(const QuantizeFp8& p) {
 
 Status launch_rows(const QuantizeFp8& p, int multiprocessors, void* stream) {
   using namespace sm90a;
-  constexpr int64_t kRoom = 227 * 1024 - static_cast<int64_t>(sizeof(RowsShared));
+  constexpr int64_t kRoom = 226 * 1024 - static_cast<int64_t>(sizeof(RowsShared));  // of 227 KB: the rest is padding
   const int64_t pitch = row_pitch(p.k);
   const int64_t most = std::min<int64_t>(kRoom / rows_bytes(1, pitch, p.targets), kRowsTokens),
-                tokens = even_tokens(p.m, most, multiprocessors), bytes = rows_bytes(tokens, pitch, p.targets);
-  return launch(choose_rows(p), p, divide_up(p.m, tokens), 1, kRowsThreads, tokens, pitch, bytes, stream);
+                tokens = even_tokens(p.m, most, multiprocessors);
+  return launch(choose_rows(p), p, divide_up(p.m, tokens), 1, kRowsThreads, tokens, pitch, kRoom, stream);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 // - Rows come in three steps of 12. A warp takes the statistics of one row of a step, in one read of shared memory;
 //   a thread then owns eight columns of the step's tokens. Meanwhile the next step is on its way.
 // - Some warps multiply by `down` while others write codes: one waits for the L2, the other for nothing.
+// - Where there are few tokens, `down` takes the shared memory that they leave: read ahead, while rows are worked on.
 //
 // Codes, scales and the order of a token's sums are quantize.cuh's, wherever the token is.
 #pragma once
@@ -21,7 +22,7 @@ constexpr int kAhead = 3;                      // a warp's runs of 32 inputs who
 constexpr int kRowsSumPitch = kRowsRanks + 4;  // floats: eight ranks of four tokens then meet in no bank
 
 struct RowsShared {
-  uint64_t arrived[kRowsSteps];
+  uint64_t arrived[kRowsSteps], ahead;  // rows, and what is read ahead of `down`
   float mean[kRowsTokens], inverse[kRowsTokens];
   float of_warp[2][kRowsWarps][kRowsTokens];  // largest values, for each target
   float by[2][kRowsTokens];                   // what makes codes of smoothed values
@@ -31,17 +32,23 @@ struct Rows {
   const QuantizeFp8& p;
   RowsShared& shared;
   uint8_t* rows;  // of `pitch` bytes; at the end, the warps' sums
-  int tokens, first_token, inputs, pitch, warp, lane;
+  uint4* ahead;   // of each target, what belongs to the first `runs_ahead` runs of 32 inputs
+  int tokens, first_token, inputs, pitch, runs_ahead, warp, lane;
 
   __device__ uint4& at(int token, int input) const {
     return *reinterpret_cast<uint4*>(rows + token * pitch + input * 2);
   }
   __device__ int tokens_until(int step) const { return min((step + 1) * kRowsWarps, tokens); }
+  __device__ int vectors_ahead(int target) const {
+    return runs_ahead * static_cast<int>(p.target[target].rank / 8) * 32;
+  }
+  __device__ uint4* ahead_of(int target) const { return ahead + (target ? vectors_ahead(0) : 0); }
 };
 
 __device__ inline void fetch_rows(const Rows& s) {
   if (threadIdx.x == 0) {
     for (uint64_t& barrier : s.shared.arrived) barrier_init(shared_address(&barrier), 1);
+    barrier_init(shared_address(&s.shared.ahead), 1);
     fence_barrier_init();
   }
   __syncthreads();
@@ -55,6 +62,13 @@ __device__ inline void fetch_rows(const Rows& s) {
       copy_bulk(shared_address(&s.at(t, 0)), vector_at(s.p.x, int64_t{s.first_token + t} * s.p.x_stride), bytes,
                 barrier);
     }
+  }
+  if (threadIdx.x == 0) {
+    const uint32_t barrier = shared_address(&s.shared.ahead);
+    const int second = s.p.targets == 2 ? s.vectors_ahead(1) * 16 : 0, first = s.vectors_ahead(0) * 16;
+    barrier_expect(barrier, first + second);
+    if (first) copy_bulk(shared_address(s.ahead_of(0)), s.p.target[0].down, first, barrier);
+    if (second) copy_bulk(shared_address(s.ahead_of(1)), s.p.target[1].down, second, barrier);
   }
 }
 
@@ -177,16 +191,16 @@ __device__ inline void multiply_run(const Rows& s, int run, const uint4 (&down)[
 }
 
 // A warp's runs are `warp`, `warp` + 12 and so on.
-__device__ inline void multiply_down(const Rows& s, const QuantizeTarget& to, RowsSums& d) {
-  const int runs = s.inputs / 32, tiles = static_cast<int>(to.rank / 8);
-  const auto* from = static_cast<const uint4*>(to.down) + s.warp * tiles * 32 + s.lane;
+__device__ inline void multiply_down(const Rows& s, int target, RowsSums& d) {
+  const int runs = s.inputs / 32, tiles = static_cast<int>(s.p.target[target].rank / 8);
+  const uint4 *rest = static_cast<const uint4*>(s.p.target[target].down), *ahead = s.ahead_of(target);
   uint4 down[kAhead][kRowsRanks / 8] = {};
   const auto fetch = [&](int slot, int run) {
+    const uint4* from = (run < s.runs_ahead ? ahead : rest) + run * tiles * 32 + s.lane;
 #pragma unroll
     for (int tile = 0; tile < kRowsRanks / 8; ++tile) {
       if (run < runs && tile < tiles) down[slot][tile] = from[tile * 32];
     }
-    from += kRowsWarps * tiles * 32;
   };
 #pragma unroll
   for (int slot = 0; slot < kAhead; ++slot) fetch(slot, s.warp + slot * kRowsWarps);
@@ -239,9 +253,16 @@ __device__ inline void finish_projections(const Rows& s, const RowsSums (&d)[kTa
 }
 
 // Shared memory for `tokens` rows, or what their sums take instead.
-constexpr int64_t rows_bytes(int64_t tokens, int64_t pitch, int targets) {
+__host__ __device__ constexpr int64_t rows_bytes(int64_t tokens, int64_t pitch, int targets) {
   const int64_t sums = int64_t{targets} * kRowsWarps * kRowsSumPitch * 4;
   return tokens * (pitch > sums ? pitch : sums);
+}
+
+// Of how many runs of 32 inputs `down` fits into so many bytes, for every target.
+template <int kTargets>
+__device__ inline int runs_that_fit(const QuantizeFp8& p, int bytes) {
+  const int of_run = static_cast<int>(p.target[0].rank + (kTargets == 2 ? p.target[1].rank : 0)) * 64;
+  return of_run ? min(bytes / of_run, static_cast<int>(p.k / 32)) : 0;
 }
 
 // `tokens` of a CTA, rows of `pitch` bytes.
@@ -251,8 +272,18 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
   extern __shared__ __align__(128) uint8_t memory[];
   __shared__ RowsShared shared;
   const int first = static_cast<int>(blockIdx.x) * tokens, inputs = static_cast<int>(p.k);
-  const Rows s{p,      shared, memory,          min(tokens, static_cast<int>(p.m) - first), first,
-               inputs, pitch,  warp_in_block(), static_cast<int>(threadIdx.x % 32)};
+  const int taken = static_cast<int>(rows_bytes(tokens, pitch, kTargets));
+  const Rows s{p,
+               shared,
+               memory,
+               reinterpret_cast<uint4*>(memory + taken),
+               min(tokens, static_cast<int>(p.m) - first),
+               first,
+               inputs,
+               pitch,
+               runs_that_fit<kTargets>(p, dynamic_shared_bytes() - taken),
+               warp_in_block(),
+               static_cast<int>(threadIdx.x % 32)};
   fetch_rows(s);
   Owner<kTargets, kNorm> mine(s);
   for (int begin = 0; begin < s.tokens; begin += kRowsWarps) {
@@ -265,6 +296,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
     look_at_columns(s, mine, begin, s.tokens_until(step));
   }
   choose_scales<kTargets>(s);
+  barrier_wait(shared_address(&shared.ahead), 0);
   RowsSums d[kTargets] = {};
   // Of the three warps on each scheduler two begin with the product and one with the codes.
 #pragma unroll 1
@@ -274,7 +306,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
     } else {
 #pragma unroll
       for (int target = 0; target < kTargets; ++target) {
-        if (p.target[target].rank) multiply_down(s, p.target[target], d[target]);
+        if (p.target[target].rank) multiply_down(s, target, d[target]);
       }
     }
   }
