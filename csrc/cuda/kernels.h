@@ -65,8 +65,9 @@ struct WidenFp8 {
   bool nvfp4;
 };
 
-// A linear that reads the tokens of QuantizeFp8: inv_smooth (K) fp32 or null, down [K/32][R/8][8][32] bf16 (what a warp
-// takes at once lies together) -> codes (M,K) e4m3, scales (M) fp32, low_rank (M,R) bf16.
+// A linear that reads the tokens of QuantizeFp8: inv_smooth (K) fp32 or null, down [K/32][R/16][2][32][8] bf16 (a
+// lane's eight of an operand; engine/ops/wgmma64.py tells which) -> codes (M,K) e4m3, scales (M) fp32, low_rank (M,R)
+// bf16.
 struct QuantizeTarget {
   const float* inv_smooth;
   const void* down;
@@ -76,8 +77,9 @@ struct QuantizeTarget {
   int64_t rank;
 };
 
-// Which kernel: every CTA a few tokens, or CTAs that stay with their part of `down` (for many tokens, where they can).
-enum QuantizeForm { kChosen, kStreaming, kResident };
+// Which kernel: every CTA a few tokens, CTAs that stay with their part of `down` (for many tokens), or CTAs alone on
+// their multiprocessor with as many whole rows as it holds. What does not serve a shape leaves it to the first.
+enum QuantizeForm { kChosen, kStreaming, kResident, kWholeRows };
 
 // Tokens x (M,K) bf16, rows x_stride elements apart and on 16-byte borders, for one or two linears. Where `scale` is
 // given: x = LayerNorm(x) * (1 + scale) + shift first; scale, shift: (samples,K) bf16, rows mod_stride elements apart,
