@@ -62,19 +62,19 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
     """Microseconds of one shape, ours and the rivals'."""
     from bench.random_models import random_layer
     from engine import ops
-    from engine.ops import cuda
+    from engine.ops import cuda, widening
 
     generator = torch.Generator("cuda").manual_seed(0)
     packed, bare = (ops.pack(random_layer(n, k, "svdq", some, True, "cuda", generator), "sm90a") for some in (rank, 0))
     x = torch.randn(m, k, generator=generator, device="cuda").bfloat16()
     target, plain = (packed.blob, packed.spec), (bare.blob, bare.spec)
-    kept = cuda.widened(*target)
+    kept = widening.widened(*target)
     act, act_0 = (cuda._quantize(x, [it])[0] for it in (target, plain))
 
     def multiply(act: ops.QuantizedAct, it: tuple, tile: int = 0, wide_from: int = WIDE_FROM) -> torch.Tensor:
-        cuda.WIDE_FROM = wide_from
-        y = cuda._multiply(act, cuda._widen(act, *it), *it, torch.bfloat16, tile=tile)
-        cuda.WIDE_FROM = WIDE_FROM
+        widening.WIDE_FROM = wide_from
+        y = cuda._multiply(act, widening.weights(m, *it), *it, torch.bfloat16, tile=tile)
+        widening.WIDE_FROM = WIDE_FROM
         return y
 
     weight, bias = torch.randn(n, k, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
@@ -92,7 +92,7 @@ def row(m: int, n: int, k: int, rank: int, tiles: list[int]) -> dict:
         "quantize_streaming_rank_0": lambda: cuda._quantize(x, [plain], form=1),
         "quantize_resident_rank_0": lambda: cuda._quantize(x, [plain], form=2),
         "linear_kept": lambda: cuda._multiply(act, kept, *target, torch.bfloat16),
-        **({"widen": lambda: cuda._widen(act, *target)} if m >= WIDE_FROM else {}),
+        **({"widen": lambda: widening.weights(m, *target)} if m >= WIDE_FROM else {}),
         "bf16": lambda: torch.nn.functional.linear(x, weight, bias),
         "fp8": lambda: torch._scaled_mm(a, b.T, *ones, out_dtype=torch.bfloat16, use_fast_accum=True),
     }

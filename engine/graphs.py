@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.ops import widening
+
 __all__ = ["Recorder", "forget", "record", "unrecorded"]
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -64,7 +66,8 @@ class Recorder:
     def __init__(self, model: nn.Module) -> None:
         self._model, self._forward = model, model.forward
         self._attention = [part for part in model.modules() if hasattr(part, "processor")]
-        self._seen: OrderedDict[Key, _Recording | None] = OrderedDict()
+        # Of a shape that was seen once, what its call widened.
+        self._seen: OrderedDict[Key, _Recording | list[widening.Layer]] = OrderedDict()
         self.refused = ""
         self.paused = False
         functools.update_wrapper(self, self._forward)
@@ -73,10 +76,12 @@ class Recorder:
         key = None if self.refused or self.paused else self._key(args, kwargs)
         if key is None:
             return self._forward(*args, **kwargs)
-        if key not in self._seen:
-            self._keep(key, None)
-            return self._forward(*args, **kwargs)
-        recording = self._seen[key] or self._record(args, kwargs)
+        found = self._seen.get(key)
+        if found is None:
+            with widening.noted() as order:
+                self._keep(key, order)
+                return self._forward(*args, **kwargs)
+        recording = found if isinstance(found, _Recording) else self._record(args, kwargs, found)
         if recording is None:
             return self._forward(*args, **kwargs)
         self._keep(key, recording)
@@ -89,10 +94,10 @@ class Recorder:
     @property
     def recordings(self) -> int:
         """How many shapes are recorded now."""
-        return sum(recording is not None for recording in self._seen.values())
+        return sum(isinstance(found, _Recording) for found in self._seen.values())
 
-    def _keep(self, key: Key, recording: _Recording | None) -> None:
-        self._seen[key] = recording
+    def _keep(self, key: Key, found: _Recording | list[widening.Layer]) -> None:
+        self._seen[key] = found
         self._seen.move_to_end(key)
         while len(self._seen) > self.KEPT:
             self._seen.popitem(last=False)
@@ -117,9 +122,9 @@ class Recorder:
                 return None
         return tuple(key)
 
-    def _record(self, args: tuple, kwargs: Mapping[str, Any]) -> _Recording | None:
+    def _record(self, args: tuple, kwargs: Mapping[str, Any], order: list[widening.Layer]) -> _Recording | None:
         try:
-            return _Recording(self._forward, args, kwargs)
+            return _Recording(self._forward, args, kwargs, order)
         except (RuntimeError, TypeError) as error:
             self.refused = f"{type(error).__name__}: {error}"
             logging.getLogger(__name__).warning("steps run without a CUDA graph: %s", self.refused)
@@ -129,14 +134,14 @@ class Recorder:
 class _Recording:
     """A graph, the tensors it reads and those it writes."""
 
-    def __init__(self, forward: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, forward: Any, args: tuple, kwargs: Mapping[str, Any], order: list[widening.Layer]) -> None:
         with torch.inference_mode(False), torch.no_grad():
             self._args = [_own(value) for value in args]
             self._kwargs = {name: _own(value) for name, value in kwargs.items()}
             self._graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             # Other threads may load models meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"), widening.ahead(order):
                 out = forward(*self._args, **self._kwargs)
         if not isinstance(out, tuple) or not all(isinstance(part, Tensor) for part in out):
             raise TypeError(f"expected a tuple of tensors from the model, got {type(out).__name__}")

@@ -19,8 +19,18 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from engine import ops
+from engine.models.lanes import Lane
 from engine.models.modulation import modulations
-from engine.models.normed import Projection, added, heads, normed, owns_stream, place_blocks
+from engine.models.normed import (
+    Projection,
+    added,
+    adds_in_place,
+    heads,
+    normed,
+    owns_stream,
+    place_blocks,
+    ready,
+)
 
 __all__ = ["FusedDoubleBlock", "FusedSingleBlock", "fuse_blocks", "unfuse_blocks"]
 
@@ -45,9 +55,17 @@ class FusedSingleBlock(FluxSingleTransformerBlock):
         (modulation,) = modulations(self, temb, _norms)
         shift, scale, gate = modulation.chunk(3, dim=1)
         qkv, mlp = normed(x, scale, shift, self.norm.norm, self.attn.to_qkv, self.proj_mlp)
-        attended = _attend(self.attn, [qkv], image_rotary_emb)
         out: Any = self.proj_out
-        x = added(x, gate, owns_stream(self), (out.attn, attended), (out.mlp, self.act_mlp(mlp.value())))
+        owned, late, lane = owns_stream(self), [], Lane(x)
+        with lane:  # nothing of the MLP needs attention
+            inner = ready(out.mlp, self.act_mlp(mlp.value()))
+            if adds_in_place(x, gate, owned, inner):
+                added(x, gate, owned, inner)
+            else:
+                late = [inner]
+        outer = ready(out.attn, _attend(self.attn, [qkv], image_rotary_emb))
+        lane.join()
+        x = added(x, gate, owned, outer, *late)
         if x.dtype == torch.float16:
             x = x.clip(-65504, 65504)
         return x[:, :text], x[:, text:]
@@ -69,16 +87,21 @@ class FusedDoubleBlock(FluxTransformerBlock):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         attn, length = self.attn, encoder_hidden_states.shape[1]
         picture, text = (modulation.chunk(6, dim=1) for modulation in modulations(self, temb, _norms))
+        lane = Lane(hidden_states)
+        with lane:
+            (words,) = normed(encoder_hidden_states, text[1], text[0], self.norm1_context.norm, attn.to_added_qkv)
         (qkv,) = normed(hidden_states, picture[1], picture[0], self.norm1.norm, attn.to_qkv)
-        (words,) = normed(encoder_hidden_states, text[1], text[0], self.norm1_context.norm, attn.to_added_qkv)
+        lane.join()
         attended = _attend(attn, [words, qkv], image_rotary_emb)
         seen, read, owned = attended[:, length:], attended[:, :length], owns_stream(self)
-        hidden_states = added(hidden_states, picture[2], owned, (attn.to_out[0], seen.contiguous()))
+        with lane:
+            x = added(encoder_hidden_states, text[2], owned, ready(attn.to_add_out, read.contiguous()))
+            x = _feed(self.ff_context, self.norm2_context, x, text)
+            if x.dtype == torch.float16:
+                x = x.clip(-65504, 65504)
+        hidden_states = added(hidden_states, picture[2], owned, ready(attn.to_out[0], seen.contiguous()))
         hidden_states = _feed(self.ff, self.norm2, hidden_states, picture)
-        x = added(encoder_hidden_states, text[2], owned, (attn.to_add_out, read.contiguous()))
-        x = _feed(self.ff_context, self.norm2_context, x, text)
-        if x.dtype == torch.float16:
-            x = x.clip(-65504, 65504)
+        lane.join()
         return x, hidden_states
 
 
@@ -113,7 +136,7 @@ def _feed(ff: Any, norm: nn.LayerNorm, x: Tensor, modulation: tuple[Tensor, ...]
     """
     activation, _, out = ff.net
     (y,) = normed(x, modulation[4], modulation[3], norm, activation.proj)
-    return added(x, modulation[5], True, (out, activation.gelu(y.value())))
+    return added(x, modulation[5], True, ready(out, activation.gelu(y.value())))
 
 
 def _attend(attn: Any, projections: list[Projection], rotary: Rotary) -> Tensor:

@@ -13,14 +13,25 @@ from torch import Tensor, nn
 from engine import ops
 from engine.linear import SVDQuantLinear
 
-__all__ = ["Projection", "added", "heads", "hooked", "normed", "owns_stream", "place_blocks", "step_blocks"]
+__all__ = [
+    "Projection",
+    "added",
+    "adds_in_place",
+    "heads",
+    "hooked",
+    "normed",
+    "owns_stream",
+    "place_blocks",
+    "ready",
+    "step_blocks",
+]
 
 
 class Projection(NamedTuple):
     """A layer's output that is not multiplied out yet: what follows may be taken along into its kernel."""
 
     layer: Any
-    tokens: Any  # (B, M, D), or what ops.norm_quantize made of them
+    tokens: Any  # (B, M, D), or what ops.norm_quantize or quantize_tokens made of them
     batch: int
     dtype: torch.dtype
 
@@ -57,21 +68,36 @@ def heads(
     return ops.rotate_heads(picture.value(), text, weights, *rotary, eps)
 
 
-def added(x: Tensor, gate: Tensor, owned: bool, *branches: tuple[nn.Module, Tensor]) -> Tensor:
-    """x + gate * (the sum of each layer's output for its input); x (B, M, D), gate (B, D).
+def ready(layer: nn.Module, y: Tensor) -> Projection:
+    """A layer beside its input y (B, M, D), quantized by now where its kernel takes it so."""
+    tokens: Any = y
+    if _bare(layer) and layer.backend == "sm90a" and not torch.compiler.is_compiling():
+        tokens = ops.quantize_tokens(y, layer.packed, layer.mode)
+    return Projection(layer, tokens, len(y), y.dtype)
+
+
+def added(x: Tensor, gate: Tensor, owned: bool, *branches: Projection) -> Tensor:
+    """x + gate * (the sum of each branch's value); x (B, M, D), gate (B, D).
 
     An `owned` x is one that nobody else reads: it is changed in place where a kernel does that.
     """
-    layers: list[Any] = [layer for layer, _ in branches]
-    fit = all(_bare(layer) and ops.adds_at_once(x, gate, layer.packed) for layer in layers)
-    if owned and fit and not torch.compiler.is_compiling():
-        for layer, (_, y) in zip(layers, branches, strict=True):
-            ops.add_linear_(x, gate, y, layer.packed, layer.mode)
-        return x
-    return ops.gated_add(x, gate, *(layer(y) for layer, y in branches))
+    if not adds_in_place(x, gate, owned, *branches):
+        return ops.gated_add(x, gate, *(branch.value() for branch in branches))
+    for layer, tokens, *_ in branches:
+        if isinstance(tokens, Tensor):
+            ops.add_linear_(x, gate, tokens, layer.packed, layer.mode)
+        else:
+            ops.add_product_(x, gate, tokens, layer.packed)
+    return x
 
 
-def _bare(layer: nn.Module) -> bool:
+def adds_in_place(x: Tensor, gate: Tensor, owned: bool, *branches: Projection) -> bool:
+    """Whether `added` changes x, so that each branch may as well be added by itself."""
+    fit = all(_bare(branch.layer) and ops.adds_at_once(x, gate, branch.layer.packed) for branch in branches)
+    return owned and fit and not torch.compiler.is_compiling()
+
+
+def _bare(layer: Any) -> bool:
     """Whether a layer is no more than its packed weights: no GELU, LoRA's scales or hooks, which `forward` sees to."""
     if not isinstance(layer, SVDQuantLinear) or layer.gelu or layer._forward_hooks or layer._forward_pre_hooks:
         return False

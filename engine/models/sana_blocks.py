@@ -17,7 +17,7 @@ from diffusers.models.transformers.sana_transformer import (
 from torch import Tensor
 
 from engine import ops
-from engine.models.normed import added, normed, owns_stream, place_blocks
+from engine.models.normed import added, normed, owns_stream, place_blocks, ready
 from engine.models.sana import ChannelsLastGLU, LinearAttention
 
 __all__ = ["FusedSanaBlock", "fuse_blocks", "unfuse_blocks"]
@@ -46,12 +46,12 @@ class FusedSanaBlock(SanaTransformerBlock):
         attn: Any = self.attn1
         (qkv,) = normed(hidden_states, scale, shift, self.norm1, attn.to_qkv)
         attended = ops.linear_attention(qkv.value(), attn.heads)
-        x = added(hidden_states, gate, owns_stream(self), (attn.to_out[0], attended))
+        x = added(hidden_states, gate, owns_stream(self), ready(attn.to_out[0], attended))
         x = _cross(self.attn2, x, encoder_hidden_states, encoder_attention_mask) + x
         ff: Any = self.ff
         (wide,) = normed(x, ff_scale, ff_shift, self.norm2, ff.conv_inverted)
         narrow = ff.between(wide.value().unflatten(1, (height, width))).flatten(1, 2)
-        return added(x, ff_gate, True, (ff.conv_point, narrow))
+        return added(x, ff_gate, True, ready(ff.conv_point, narrow))
 
 
 _FORWARD = SanaTransformer2DModel.forward

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ArgumentError
-from engine.ops import backends, cuda, schema
+from engine.ops import backends, cuda, schema, widening
 from engine.ops.attention import attention_8bit
 from engine.ops.canonical import AwqWeight, CanonicalLinear, dequantize, dequantize_awq
 from engine.ops.heads import project_heads, projects_heads, rotate_heads
@@ -33,6 +33,7 @@ __all__ = [
     "PackedLinear",
     "QuantizedAct",
     "add_linear_",
+    "add_product_",
     "adds_at_once",
     "attention_8bit",
     "awq_linear",
@@ -52,6 +53,7 @@ __all__ = [
     "project_heads",
     "projects_heads",
     "quantize_act",
+    "quantize_tokens",
     "rotate_heads",
     "schema",
     "svdq_linear",
@@ -162,6 +164,38 @@ def add_linear_(x: Tensor, gate: Tensor, y: Tensor, packed: PackedLinear, mode: 
     _add_linear(x, gate, y, packed.blob, packed.spec.key, mode)
 
 
+def quantize_tokens(x: Tensor, packed: PackedLinear, mode: str) -> QuantizedAct:
+    """quantize_act as norm_quantize gives it, low_rank in bfloat16: for a layer of backend sm90a.
+
+    Raises ArgumentError and BackendError as quantize_act does.
+    """
+    _check_tokens(x, packed)
+    _check_mode(mode, _on_hopper(packed))
+    return cuda.quantize_tokens(x, packed.blob, packed.spec)
+
+
+def add_product_(x: Tensor, gate: Tensor, act: QuantizedAct, packed: PackedLinear) -> None:
+    """add_linear_ of tokens (B T, K) that quantize_tokens or norm_quantize gave: x (B, T, N), gate (B, N).
+
+    For what adds_at_once accepts, on backend sm90a. Raises ArgumentError and BackendError as linear does.
+    """
+    _on_hopper(packed)
+    if tuple(act.codes.shape) != (x.shape[:-1].numel(), packed.k) or x.shape[-1] != packed.n:
+        raise ArgumentError(
+            f"act: expected codes (B T, {packed.k}) beside x of (B, T, {packed.n}), got {tuple(act.codes.shape)}"
+            f" beside {tuple(x.shape)}"
+        )
+    if not adds_at_once(x, gate, packed):
+        raise ArgumentError("x: expected dense bfloat16 tokens that adds_at_once accepts")
+    cuda.add_product_(x, gate, act, packed.blob, packed.spec)
+
+
+def _on_hopper(packed: PackedLinear) -> str:
+    if packed.backend != "sm90a":
+        raise ArgumentError(f"packed: expected a layer of backend sm90a, got {packed.backend}")
+    return packed.backend
+
+
 def adds_at_once(x: Tensor, gate: Tensor, packed: PackedLinear) -> bool:
     """Whether add_linear_ takes no pass of its own over x (B, T, N) and gate (B, N)."""
     return cuda.can_add(x, gate, packed.spec)
@@ -173,12 +207,12 @@ def keep_wide(packed: PackedLinear) -> Tensor | None:
     That is what Hopper's product for many tokens multiplies. Returns those bytes: as many as the layer has weights, and
     64 ranks' more. None on other backends, which need no such thing.
     """
-    return cuda.keep_wide(packed.blob, packed.spec) if packed.backend == "sm90a" else None
+    return widening.keep(packed.blob, packed.spec) if packed.backend == "sm90a" else None
 
 
 def drop_wide(packed: PackedLinear) -> None:
     """Undo keep_wide."""
-    cuda.drop_wide(packed.blob)
+    widening.drop(packed.blob)
 
 
 def awq_linear(x: Tensor, packed: PackedAwq) -> Tensor:

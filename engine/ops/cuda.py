@@ -6,35 +6,31 @@ Backend "sm90a" (H100, H200): W4A8 with e4m3 tokens (mode "fp8"). sm80.py calls 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from engine.errors import ArgumentError, BackendError
-from engine.ops.backends import cuda_kernels
+from engine.errors import ArgumentError
+from engine.ops import widening
+from engine.ops.calls import DTYPES, check, kernels, scale_dtype
 from engine.ops.reference import QuantizedAct
 from engine.ops.spec import Spec
 
 __all__ = [
     "Heads",
     "add_linear_",
+    "add_product_",
     "can_add",
     "check",
-    "drop_wide",
-    "keep_wide",
     "kernels",
     "linear",
     "linear_heads_",
     "norm_quantize",
     "quantize_act",
+    "quantize_tokens",
     "svdq_linear",
 ]
-
-# From so many tokens on a product is faster with weights that were widened to 8 bits first (csrc/cuda/sm90a/widen.cuh).
-WIDE_FROM = 1024
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum DType in csrc/ops.h
 
 
 class Heads(NamedTuple):
@@ -47,20 +43,6 @@ class Heads(NamedTuple):
     heads: int
     tokens: int  # of a sample
     first: int  # position of a sample's first token
-
-
-def kernels() -> Any:
-    """The compiled CUDA module. Raises BackendError where it is missing."""
-    module = cuda_kernels()
-    if module is None:
-        raise BackendError("the CUDA kernels are not built; install with -C cmake.define.CUDA=ON where nvcc is")
-    return module
-
-
-def check(status: str | None) -> None:
-    """Raise BackendError with what a launch answered, if it failed."""
-    if status is not None:
-        raise BackendError(f"a CUDA kernel could not run: {status}")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -105,47 +87,14 @@ def _quantize(
     return made
 
 
+def quantize_tokens(x: Tensor, blob: Tensor, spec: Spec) -> QuantizedAct:
+    """quantize_act in mode "fp8" with low_rank in bfloat16, as the product takes it."""
+    return _quantize(x, [(blob, spec)])[0]
+
+
 def _only_fp8(mode: str) -> None:
     if mode != "fp8":
         raise ArgumentError(f"mode: expected fp8 on backend sm90a, got {mode!r}")
-
-
-def _widen(act: QuantizedAct, blob: Tensor, spec: Spec) -> Tensor:
-    """The weights in e4m3 and the up-projection in their units, or nothing where that does not pay."""
-    if (found := _wide.get(blob) if len(_wide) else None) is not None:
-        return found
-    # NVFP4 has groups of 16, which the product for few tokens does not know.
-    pays = len(act.codes) >= WIDE_FROM or "raw_most" in spec.sections
-    return widened(blob, spec) if pays and len(act.codes) else blob.new_empty(0)
-
-
-def widened(blob: Tensor, spec: Spec) -> Tensor:
-    """What a product for many tokens reads of a layer: N K bytes, and N 128 for each 64 ranks."""
-    parts, base = spec.sections, blob.data_ptr()
-    n, k = (size * 64 for size in parts["codes"].shape[:2])
-    nvfp4 = "raw_most" in parts
-    wide = torch.empty(n * k + -(-spec.rank // 64) * n * 128, dtype=torch.uint8, device=blob.device)
-    names = ("codes", "scales", "raw_most" if nvfp4 else "row_most", "up", "row_most")
-    addresses = (*(base + parts[name].offset for name in names), wide.data_ptr())
-    with torch.cuda.device(blob.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        check(kernels().widen_fp8_sm90a(addresses, (n, k, spec.rank), _scale_dtype(spec), nvfp4, stream))
-    return wide
-
-
-# What is kept of layers whose weights shall not be widened for every product again, by their buffers.
-_wide: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def keep_wide(blob: Tensor, spec: Spec) -> Tensor:
-    """Widen the weights of a layer once and for all; the result lives as long as `blob`, or until drop_wide."""
-    _wide[blob] = wide = widened(blob, spec)
-    return wide
-
-
-def drop_wide(blob: Tensor) -> None:
-    """Undo keep_wide."""
-    _wide.pop(blob, None)
 
 
 def _multiply(
@@ -169,14 +118,11 @@ def _multiply(
     addresses = (*weights, *tokens, wide.data_ptr() if wide.numel() else 0)
     with torch.cuda.device(codes.device):
         stream = torch.cuda.current_stream().cuda_stream
-        types = _scale_dtype(spec), DTYPES[out_dtype]
+        types = scale_dtype(spec), DTYPES[out_dtype]
         check(kernels().linear_fp8_sm90a(addresses, sizes, *types, gelu, tile, gates, turned, stream))
+    if wide.numel():
+        widening.used(wide)
     return y
-
-
-def _scale_dtype(spec: Spec) -> int:
-    # Of 16-bit scales; a kernel for NVFP4 does not ask.
-    return DTYPES.get(spec.sections["scales"].dtype, 0)
 
 
 def quantize_act(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> QuantizedAct:
@@ -197,7 +143,7 @@ def linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: torch.dtype, 
     """Quantized tokens -> y (M, N). The projection is multiplied in bfloat16, as the published kernels do."""
     codes, scales, low_rank = act
     act = QuantizedAct(codes.contiguous(), scales.contiguous(), low_rank.to(torch.bfloat16).contiguous())
-    return _multiply(act, _widen(act, blob, spec), blob, spec, out_dtype, gelu=gelu)
+    return _multiply(act, widening.weights(len(act.codes), blob, spec), blob, spec, out_dtype, gelu=gelu)
 
 
 def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str, gelu: bool = False) -> Tensor:
@@ -218,11 +164,15 @@ def can_add(x: Tensor, gate: Tensor, spec: Spec) -> bool:
 def add_linear_(x: Tensor, gate: Tensor, y: Tensor, blob: Tensor, spec: Spec, mode: str) -> None:
     """x (B, T, N) += gate (B, N) * linear(y (B, T, K)), both bfloat16; the product is rounded, then the sum."""
     _only_fp8(mode)
-    act = _quantize(y, [(blob, spec)])[0]
-    _multiply(act, _widen(act, blob, spec), blob, spec, torch.bfloat16, out=x, gate=gate)
+    add_product_(x, gate, quantize_tokens(y, blob, spec), blob, spec)
+
+
+def add_product_(x: Tensor, gate: Tensor, act: QuantizedAct, blob: Tensor, spec: Spec) -> None:
+    """add_linear_ of tokens that are quantized already, by quantize_tokens or norm_quantize."""
+    _multiply(act, widening.weights(len(act.codes), blob, spec), blob, spec, torch.bfloat16, out=x, gate=gate)
 
 
 def linear_heads_(out: Tensor, act: QuantizedAct, blob: Tensor, spec: Spec, heads: Heads) -> None:
     """out (B, T, 3 H 128) <- queries, keys and values of B T tokens; of many samples, dense."""
     act = act._replace(low_rank=act.low_rank.to(torch.bfloat16))
-    _multiply(act, _widen(act, blob, spec), blob, spec, torch.bfloat16, out=out, heads=heads)
+    _multiply(act, widening.weights(len(act.codes), blob, spec), blob, spec, torch.bfloat16, out=out, heads=heads)

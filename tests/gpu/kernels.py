@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.ops import cuda
+from engine.ops import cuda, widening
 from tests.ops.cases import Case, random_awq, random_linear, tokens
 from tests.ops.test_wgmma64 import without_minus_eight
 
@@ -29,7 +29,7 @@ def linears() -> None:
         act = cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(packed.blob, packed.spec)])[0]
         for form in (2, 3):
             cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(packed.blob, packed.spec)], form=form)
-        wide = cuda._widen(act, packed.blob, packed.spec)
+        wide = widening.weights(case.m, packed.blob, packed.spec)
         cuda._multiply(act, wide, packed.blob, packed.spec, torch.bfloat16, gelu=True)
         stream = torch.zeros(1, case.m, case.n, dtype=torch.bfloat16).cuda()
         cuda._multiply(act, wide, packed.blob, packed.spec, torch.bfloat16, out=stream, gate=stream[:, 0].clone())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine import ops
 from engine.linear import SVDQuantLinear
-from engine.ops import backends, cuda, reference
+from engine.ops import backends, cuda, reference, widening
 from tests.ops.cases import CASES, DTYPES, Case, allowed_error, random_linear, tokens
 from tests.ops.test_wgmma64 import random_nvfp4, without_minus_eight
 
@@ -48,7 +48,7 @@ def test_close_to_the_reference(case: Case, dtype: torch.dtype):
     error = (y.double() - exact).abs()
     # The matrix units keep 13 bits below the largest term of each sum of 32.
     allowed = allowed_error(act, linear, exact, dtype) + magnitudes(act, linear) * 2.0**-12 + exact.abs() * 2.0**-8
-    if case.m >= cuda.WIDE_FROM:  # weights rounded to four significant bits: half a step each, at random
+    if case.m >= widening.WIDE_FROM:  # weights rounded to four significant bits: half a step each, at random
         assert error.square().mean().sqrt() <= 0.04 * exact.square().mean().sqrt()
         allowed = allowed + magnitudes(act, linear) * 2.0**-4
     assert (error <= allowed).all(), f"worst is {(error / allowed).max():.2f} times the allowed error"
@@ -78,7 +78,7 @@ def test_the_branch_in_a_widened_product(tile: int, rank: int, dtype: torch.dtyp
     x[5:9] = 0
     packed = ops.pack(linear, "sm90a", dtype)
     act = cuda._quantize(x, [(packed.blob, packed.spec)])[0]
-    wide = cuda._widen(act, packed.blob, packed.spec)
+    wide = widening.weights(len(act.codes), packed.blob, packed.spec)
     y = cuda._multiply(act, wide, packed.blob, packed.spec, torch.float32, tile=tile)
     terms, exact = linear.bias.double().abs().expand(case.m, -1), linear.bias.double().expand(case.m, -1)
     if rank:

@@ -133,7 +133,9 @@ Status quantize_fp8_sm90a(const QuantizeFp8& p, void* stream) {
   int device = 0, multiprocessors = 0, clusters = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (rows_serve(p) && (p.form == kWholeRows || (p.form == kChosen && p.scale)))
+  // Without a norm whole rows are ahead within one wave of CTAs, which do not overlap.
+  const bool best = p.scale || p.m <= int64_t{kRowsTokens} * multiprocessors;
+  if (rows_serve(p) && (p.form == kWholeRows || (p.form == kChosen && best)))
     return launch_rows(p, multiprocessors, stream);
   const bool may_stay = p.form == kChosen || p.form == kResident;
   const int size = may_stay ? resident_size(p) : 0, held = size ? resident_clusters(size) : 0;
