@@ -113,9 +113,8 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
     m, k, out_dtype = act.codes.shape[0], packed.k, out_dtype or packed.dtype
     wanted = {"codes": ((m, k),), "scales": ((m,), (m, k // 64)), "low_rank": ((m, packed.rank),)}
     fp8 = act.codes.dtype == torch.float8_e4m3fn
-    pairs = packed.backend == "sm80" and tuple(act.codes.shape) == (m, k // 2) and act.scales.dim() == 2
-    if pairs:
-        wanted["codes"] = ((m, k // 2),)
+    if packed.backend == "sm80" and act.scales.dim() == 2:  # the codes may be pairs
+        wanted["codes"] = ((m, k), (m, k // 2))
     for name, shapes in wanted.items():
         tensor = getattr(act, name)
         if tuple(tensor.shape) not in shapes:
@@ -125,7 +124,7 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
         dtype = torch.float32
         if name == "codes":
             dtype = torch.float8_e4m3fn if fp8 else torch.int8
-            if pairs and tensor.dtype == torch.uint8:
+            if tensor.dtype == torch.uint8 and tensor.shape[1] != k:
                 dtype = torch.uint8
         elif name == "low_rank" and fp8 and tensor.dtype == torch.bfloat16:
             dtype = torch.bfloat16
@@ -141,7 +140,8 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
 def svdq_linear(x: Tensor, packed: PackedLinear, mode: str, gelu: bool = False) -> Tensor:
     """x (..., K) of any strides -> y (..., N) in the dtype of x: quantize_act and linear in one call.
 
-    `gelu` applies GELU in its tanh form to the result, on sm90a before it is rounded. There and on sm80 at no cost.
+    `gelu` applies GELU in its tanh form to the result, without a pass of its own on sm90a (before the result is
+    rounded) and on sm80.
 
     Raises ArgumentError and BackendError as quantize_act does.
     """
@@ -153,8 +153,8 @@ def svdq_linear(x: Tensor, packed: PackedLinear, mode: str, gelu: bool = False) 
 def add_linear_(x: Tensor, gate: Tensor, y: Tensor, packed: PackedLinear, mode: str) -> None:
     """x += gate * svdq_linear(y, packed, mode) in place: x (B, T, N), gate (B, N), y (B, T, K).
 
-    On sm90a and sm80 the product is added where it is written, without a pass of its own. Raises ArgumentError and BackendError
-    as quantize_act does.
+    On sm90a and sm80 the product is added where it is written, without a pass of its own. Raises ArgumentError and
+    BackendError as quantize_act does.
     """
     _check_tokens(y, packed)
     _check_mode(mode, packed.backend)

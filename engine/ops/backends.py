@@ -130,8 +130,7 @@ def available(device: torch.device | str) -> tuple[BackendInfo, ...]:
 
 
 def select(device: torch.device | str) -> BackendInfo:
-    """The backend for `device`: the first that runs and, where it must, passes its self-check; or the one ENGINE_BACKEND
-    names, unchecked.
+    """The backend for `device`: the first that runs and has no `objection`, or the one ENGINE_BACKEND names, unchecked.
 
     Raises BackendError if the named one is unknown or cannot run here. Warns once when only `reference` is left.
     """
@@ -165,14 +164,12 @@ def _select(device: torch.device, forced: str) -> BackendInfo:
 
 
 def objection(name: str, device: torch.device) -> str:
-    """Why a backend that could run on `device` is not taken there unless it is named; mostly nothing.
+    """Why a backend that could run on `device` is not taken there unless it is named: sm80 failed its self-check.
 
-    Raises BackendError while a CUDA graph is recorded, if it has to be found out.
+    Raises BackendError where that has not run yet and a CUDA graph is being recorded.
     """
     if name != "sm80":
         return ""
-    if torch.cuda.is_current_stream_capturing():
-        raise BackendError(f"the backend for {device} has to be chosen before a CUDA graph is recorded, not meanwhile")
     return _check_sm80(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -180,4 +177,6 @@ def objection(name: str, device: torch.device) -> str:
 def _check_sm80(index: int) -> str:
     from engine.ops.self_check import failure  # it calls the ops, which need this module
 
+    if torch.cuda.is_current_stream_capturing():
+        raise BackendError(f"the backend of cuda:{index} is chosen before a CUDA graph is recorded, not meanwhile")
     return failure(torch.device("cuda", index), "sm80")
