@@ -48,7 +48,8 @@ def _compiled(spec: Spec) -> ModuleType:
 def _quantize_act(x: Tensor, blob: Tensor, spec: str, mode: str, pairs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     parsed = parse(spec)
     if parsed.backend == "sm80":
-        return tuple(sm80.quantize_act(x, blob, parsed, mode, pairs))
+        codes, scales, low_rank = sm80.quantize_act(x, blob, parsed, mode, pairs)
+        return codes, scales, low_rank
     run = _reference_quantize if parsed.backend == "reference" else _compiled(parsed).quantize_act
     codes, scales, low_rank = run(x, blob, parsed, mode)
     return codes, scales, low_rank

@@ -4,7 +4,7 @@
 // Elsewhere (on 9.0 and later ptxas spells such an instruction out) its tokens are widened to 8 bits in registers. Dots
 // are exact both ways and what follows them is the same, so the bits are too. W4A8 has 8-bit integers also where there
 // is e4m3 (8.9, 12.x): by NVIDIA's figures e4m3 with sums in fp32 runs at half the INT8 rate on GeForce cards, and
-// INT8 tokens are nearer to the 16-bit ones.
+// INT8 tokens are nearer to the 16-bit ones (W4A8 in docs/quantize.md is INT8, on a CPU).
 //
 // The panel16 layout needs no shuffling, since inputs and outputs may be dealt to the matrix units in any order that
 // both operands keep to. Of 64 inputs lane q = l % 4 takes 16q..16q+15: 16 bytes of a token (8 in pairs), and two words
