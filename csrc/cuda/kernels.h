@@ -156,8 +156,10 @@ struct Attention {
 // give the same bits.
 enum ProductForm { kChosenProduct, kEightBitProduct, kFourBitProduct };
 
-// Linear on a device. `pairs`: token codes are (M,K/2), two a byte in the order of Weight's, 4-bit two's complement, or
-// 0..15 where the mode is uint4. Without pairs, a mode of 4 bits has its codes as bytes.
+// Linear on a device. `pairs`: token codes are [M/16 rounded up][K/64][32][4] words of eight inputs with nibbles in the
+// order of Weight's, two's complement, or 0..15 where the mode is uint4. Lane l has words 2q and 2q+1 (q = l % 4) of
+// tokens r and r + 8 (r = l / 4): the first of both, then the second of both. Tokens past M may hold anything. Without
+// pairs, a mode of 4 bits has its codes as bytes.
 struct LinearSm80 {
   Linear of;
   bool pairs, gelu;  // gelu: y = gelu(y), tanh form, of y rounded to its type

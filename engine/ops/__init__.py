@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ArgumentError
-from engine.ops import backends, cuda, schema
+from engine.ops import backends, cuda, schema, sm80
 from engine.ops.attention import attention_8bit
 from engine.ops.canonical import AwqWeight, CanonicalLinear, dequantize, dequantize_awq
 from engine.ops.heads import project_heads, projects_heads, rotate_heads
@@ -110,11 +110,12 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
     `out_dtype` defaults to packed.dtype; `gelu` as in svdq_linear. Raises ArgumentError if `act` does not fit
     `packed`; BackendError as above.
     """
-    m, k, out_dtype = act.codes.shape[0], packed.k, out_dtype or packed.dtype
+    pairs = packed.backend == "sm80" and act.codes.dim() == 3 and act.scales.dim() == 2
+    m, k, out_dtype = (act.scales if pairs else act.codes).shape[0], packed.k, out_dtype or packed.dtype
     wanted = {"codes": ((m, k),), "scales": ((m,), (m, k // 64)), "low_rank": ((m, packed.rank),)}
     fp8 = act.codes.dtype == torch.float8_e4m3fn
-    if packed.backend == "sm80" and act.scales.dim() == 2:  # the codes may be pairs
-        wanted["codes"] = ((m, k), (m, k // 2))
+    if pairs:
+        wanted["codes"] = (sm80.pairs_shape(m, k),)
     for name, shapes in wanted.items():
         tensor = getattr(act, name)
         if tuple(tensor.shape) not in shapes:
@@ -124,7 +125,7 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
         dtype = torch.float32
         if name == "codes":
             dtype = torch.float8_e4m3fn if fp8 else torch.int8
-            if tensor.dtype == torch.uint8 and tensor.shape[1] != k:
+            if pairs and tensor.dtype == torch.uint8:
                 dtype = torch.uint8
         elif name == "low_rank" and fp8 and tensor.dtype == torch.bfloat16:
             dtype = torch.bfloat16

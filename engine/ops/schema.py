@@ -120,7 +120,7 @@ def _(x: Tensor, blob: Tensor, spec: str, mode: str, pairs: bool = False) -> tup
     two = pairs and parsed.backend == "sm80" and mode != "int8"
     codes = torch.float8_e4m3fn if mode == "fp8" else torch.uint8 if two and mode == "uint4" else torch.int8
     return (
-        x.new_empty((m, parsed.k // 2 if two else parsed.k), dtype=codes),
+        x.new_empty(sm80.pairs_shape(m, parsed.k) if two else (m, parsed.k), dtype=codes),
         x.new_empty(scales, dtype=torch.float32),
         x.new_empty((m, parsed.rank), dtype=torch.float32),
     )
@@ -141,7 +141,7 @@ def _(
 def _(
     codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype, gelu: bool = False
 ) -> Tensor:
-    return codes.new_empty((codes.shape[0], parse(spec).n), dtype=out_dtype)
+    return codes.new_empty((scales.shape[0], parse(spec).n), dtype=out_dtype)
 
 
 @torch.library.register_fake("nibble::svdq_linear", lib=_library)

@@ -1,8 +1,8 @@
 """Calls the CUDA kernels for Ampere and everything after it: W4A4 and W4A8 by integers, and the weight-only linear.
 
 They read the layout of the CPU kernels ("panel16"), and give the CPU's codes and scales bit for bit. Between
-quantize_act and linear 4-bit codes travel in pairs, two a byte as the weights' do: codes (M, K/2) int8, or uint8 where
-the mode is "uint4".
+quantize_act and linear 4-bit codes travel in pairs, two a byte in the order in which the product reads them: codes
+(M/16 rounded up, K/64, 512) int8, or uint8 where the mode is "uint4" (LinearSm80 in csrc/cuda/kernels.h).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.ops.layout import PackedAwq, unpack_awq
 from engine.ops.reference import QuantizedAct
 from engine.ops.spec import Spec, parse
 
-__all__ = ["add_linear_", "awq_linear", "linear", "quantize_act", "svdq_linear"]
+__all__ = ["add_linear_", "awq_linear", "linear", "pairs_shape", "quantize_act", "svdq_linear"]
 
 # The weight-only kernel widens weights anew for every eight tokens.
 DENSE_FROM = 128
@@ -56,10 +56,8 @@ def quantize_act(x: Tensor, blob: Tensor, spec: Spec, mode: str, pairs: bool = F
     rows, where = _rows(x), x.device
     m, (offsets, sizes) = rows.shape[0], _layer(spec.key)
     pairs = pairs and mode != "int8"
-    codes = torch.empty(
-        (m, spec.k // 2 if pairs else spec.k),
-        dtype=torch.uint8 if pairs and mode == "uint4" else torch.int8, device=where,
-    )  # fmt: skip
+    shape = pairs_shape(m, spec.k) if pairs else (m, spec.k)
+    codes = torch.empty(shape, dtype=torch.uint8 if pairs and mode == "uint4" else torch.int8, device=where)
     scales = torch.empty(m if mode == "int8" else (m, spec.k // 64), dtype=torch.float32, device=where)
     low_rank = torch.empty((m, spec.rank), dtype=torch.float32, device=where)
     with torch.cuda.device(where):
@@ -70,9 +68,14 @@ def quantize_act(x: Tensor, blob: Tensor, spec: Spec, mode: str, pairs: bool = F
     return QuantizedAct(codes, scales, low_rank)
 
 
+def pairs_shape(m: int, k: int) -> tuple[int, int, int]:
+    """Shape of the 4-bit codes of M tokens of K inputs in pairs."""
+    return (m + 15) // 16, k // 64, 512
+
+
 def linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: torch.dtype, gelu: bool = False) -> Tensor:
     """Quantized tokens -> y (M, N)."""
-    y = torch.empty((act.codes.shape[0], spec.n), dtype=out_dtype, device=blob.device)
+    y = torch.empty((act.scales.shape[0], spec.n), dtype=out_dtype, device=blob.device)
     _multiply(act, blob, spec, y, gelu=gelu)
     return y
 
@@ -87,13 +90,13 @@ def _multiply(
     """
     codes, scales, low_rank = (t.contiguous() for t in act)
     codes = codes if codes.data_ptr() % 16 == 0 else codes.clone()
-    m, (offsets, sizes) = codes.shape[0], _layer(spec.key)
+    m, (offsets, sizes) = scales.shape[0], _layer(spec.key)
     mode = "int8" if scales.dim() == 1 else "uint4" if codes.dtype == torch.uint8 else "int4"
     gates = None if gate is None else (gate.data_ptr(), gate.stride(0), y.shape[1])
     with torch.cuda.device(codes.device):
         check(kernels().linear_sm80(
             _addresses(blob, offsets), sizes, (codes.data_ptr(), scales.data_ptr(), low_rank.data_ptr(), y.data_ptr()),
-            m, MODES[mode], codes.shape[1] != spec.k, DTYPES[y.dtype], gelu, gates, form,
+            m, MODES[mode], codes.dim() == 3, DTYPES[y.dtype], gelu, gates, form,
             torch.cuda.current_stream().cuda_stream,
         ))  # fmt: skip
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine import ops
+from engine.ops import sm80
 from engine.ops.canonical import split_nibbles
 from tests.ops.cases import Case, random_linear
 
@@ -14,15 +15,16 @@ ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # inputs of a word's nibbles, the lowest first
 
 
 def paired(codes: Tensor) -> Tensor:
-    """Token codes (M, K) in pairs (M, K/2): byte j of eight inputs has input j below and input j + 4 above."""
-    eight = codes.to(torch.uint8).unflatten(1, (-1, 8)) & 15
-    return (eight[..., :4] | eight[..., 4:] << 4).flatten(1)
+    """Token codes (M, K) in pairs (M/16, K/64, 512), as LinearSm80 in csrc/cuda/kernels.h has them; M full sixteens."""
+    eight = codes.to(torch.uint8).unflatten(1, (-1, 4, 2, 8)).unflatten(0, (-1, 2, 8)) & 15
+    words = eight[..., :4] | eight[..., 4:] << 4  # (tiles, half, r, groups, q, word, 4): now groups, r, q, word, half
+    return words.permute(0, 3, 2, 4, 5, 1, 6).flatten(2)
 
 
-def unpaired(pairs: Tensor, mode: str) -> Tensor:
+def unpaired(pairs: Tensor, mode: str, m: int) -> Tensor:
     """The codes (M, K) int8 of pairs."""
-    four = pairs.view(torch.uint8).unflatten(1, (-1, 4))
-    codes = torch.cat((four & 15, four >> 4), -1).flatten(1).to(torch.int8)
+    words = pairs.view(torch.uint8).unflatten(2, (8, 4, 2, 2, 4)).permute(0, 5, 2, 1, 3, 4, 6)
+    codes = torch.cat((words & 15, words >> 4), -1).flatten(3).flatten(0, 2)[:m].to(torch.int8)
     return codes if mode == "uint4" else signed(codes)
 
 
@@ -48,15 +50,17 @@ def test_a_lanes_words_are_its_inputs_of_both_operands(form: str):
     packed = ops.pack(linear, "sm80")
     words = packed.spec.sections["codes"].of(packed.blob)  # (panels, K/8, 16, 4)
     plain = signed(split_nibbles(linear.codes)).int()
-    tokens = torch.randint(-8, 8, (3, 192), dtype=torch.int8)
-    pairs = paired(tokens).view(3, 24, 4)
-    assert torch.equal(unpaired(pairs.flatten(1), "int4"), tokens)
-    dots = torch.zeros(3, 48, dtype=torch.int32)
+    tokens = torch.randint(-8, 8, (32, 192), dtype=torch.int8)
+    pairs = paired(tokens)
+    assert pairs.shape == sm80.pairs_shape(32, 192)
+    assert torch.equal(unpaired(pairs, "int4", 32), tokens)
+    lanes = pairs.view(2, 3, 8, 4, 2, 2, 4)  # tiles, groups, r, q, word, half of the tile, bytes
+    dots = torch.zeros(32, 48, dtype=torch.int32)
     for group in range(3):
         for lane_q in range(4):
             for word in range(2):  # inputs 16q + 8 word and the seven behind it
                 block, first = group * 8 + lane_q * 2 + word, group * 64 + lane_q * 16 + word * 8
-                of_token = pairs[:, block]
+                of_token = lanes[:, group, :, lane_q, word].transpose(1, 2).flatten(0, 2)
                 if form == "8 bits":
                     a = torch.cat((of_token << 4 & 0xF0, of_token & 0xF0), -1).view(torch.int8).int()
                     b, inputs, unit = lane_bytes(words[:, block]).int(), range(8), 16

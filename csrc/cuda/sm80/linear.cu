@@ -7,9 +7,10 @@
 // INT8 tokens are nearer to the 16-bit ones (W4A8 in docs/quantize.md is INT8, on a CPU).
 //
 // The panel16 layout needs no shuffling, since inputs and outputs may be dealt to the matrix units in any order that
-// both operands keep to. Of 64 inputs lane q = l % 4 takes 16q..16q+15: 16 bytes of a token (8 in pairs), and two words
-// of each output's weights, whose low nibbles are the first four inputs of eight and whose high ones the others. Of a
-// panel's outputs lane l brings weights of 2r and 2r+1, r = l / 4, to two products, and gets sums of 4q..4q+3.
+// both operands keep to. Of 64 inputs lane q = l % 4 takes 16q..16q+15: 16 bytes of a token, and two words of each
+// output's weights, whose low nibbles are the first four inputs of eight and whose high ones the others. Of a panel's
+// outputs lane l brings weights of 2r and 2r+1, r = l / 4, to two products, and gets sums of 4q..4q+3. Tokens in pairs
+// have such words too, and lie as lanes take them: word 0 of tokens r and r + 8 of sixteen, then word 1 of both.
 //
 //   8 bits  a stored code (code + 8) in the upper half of a byte, its top bit turned over, is 16 times the code as a
 //           signed byte; a token's nibble there is 16 times its code, signed or not
@@ -64,15 +65,15 @@ struct Place {
 // panel: they fit 32 bits.
 template <Product kIs>
 __device__ inline void fetch(const Linear& p, const Weight& w, const Place& at, Stage<kIs>& stage, int group) {
-  constexpr int kPieces = kIs.pitch() / 16;
+  constexpr int kPieces = kIs.pitch() / 16, kRows = kIs.pairs ? 16 : 1;  // rows: tokens that lie together
   const int thread = static_cast<int>(threadIdx.x);
-  const int8_t* tokens = p.codes + (at.token * at.groups + group) * kIs.pitch();
+  const int8_t* tokens = p.codes + (at.token * at.groups + group * kRows) * kIs.pitch();
 #pragma unroll
   for (int round = 0; round < kTokens * kPieces / kThreads; ++round) {
-    const int i = round * kThreads + thread;
-    const bool real = i / kPieces < at.tokens;
-    const int row = real ? i / kPieces : 0;
-    copy_16(&stage.tokens[i * 16], tokens + row * at.groups * kIs.pitch() + i % kPieces * 16, real);
+    const int i = round * kThreads + thread, run = i / (kPieces * kRows);
+    const bool real = run * kRows < at.tokens;
+    const int8_t* from = tokens + (real ? run : 0) * at.groups * (kIs.pitch() * kRows);
+    copy_16(&stage.tokens[i * 16], from + i % (kPieces * kRows) * 16, real);
   }
   // Eight pieces of 16 bytes are a lane's two words for 16 outputs: the four lanes find theirs in different banks.
   const int piece = thread % 32, turned = piece ^ piece / 8 * 2;
@@ -111,18 +112,17 @@ constexpr uint32_t kUpper = 0xf0f0f0f0u, kTop = 0x80808080u, kTops = 0x88888888u
 
 // The operand a of a tile of 16 tokens for the two halves of a group; in 4 bits it is the first alone.
 template <Product kIs>
-__device__ inline void load_tokens(const uint8_t* from, uint32_t (&a)[2][4]) {
+__device__ inline void load_tokens(const uint8_t* tile, const Warp& warp, uint32_t (&a)[2][4]) {
   if constexpr (kIs.pairs) {
-    const uint2 upper = *reinterpret_cast<const uint2*>(from);
-    const uint2 lower = *reinterpret_cast<const uint2*>(from + 8 * kIs.pitch());
+    const uint4 of = *reinterpret_cast<const uint4*>(tile + (warp.row * 4 + warp.q) * 16);
     if constexpr (kIs.four_bit) {
-      a[0][0] = upper.x, a[0][1] = lower.x, a[0][2] = upper.y, a[0][3] = lower.y;
+      a[0][0] = of.x, a[0][1] = of.y, a[0][2] = of.z, a[0][3] = of.w;
     } else {
-      a[0][0] = upper.x << 4 & kUpper, a[0][1] = lower.x << 4 & kUpper, a[0][2] = upper.x & kUpper;
-      a[1][0] = upper.y << 4 & kUpper, a[1][1] = lower.y << 4 & kUpper, a[1][2] = upper.y & kUpper;
-      a[0][3] = lower.x & kUpper, a[1][3] = lower.y & kUpper;
+      a[0][0] = of.x << 4 & kUpper, a[0][1] = of.y << 4 & kUpper, a[0][2] = of.x & kUpper, a[0][3] = of.y & kUpper;
+      a[1][0] = of.z << 4 & kUpper, a[1][1] = of.w << 4 & kUpper, a[1][2] = of.z & kUpper, a[1][3] = of.w & kUpper;
     }
   } else {
+    const uint8_t* from = tile + warp.row * kIs.pitch() + warp.q * 16;
     const uint4 upper = *reinterpret_cast<const uint4*>(from);
     const uint4 lower = *reinterpret_cast<const uint4*>(from + 8 * kIs.pitch());
     a[0][0] = upper.x, a[0][1] = lower.x, a[0][2] = upper.y, a[0][3] = lower.y;
@@ -151,7 +151,7 @@ __device__ inline void multiply(const Stage<kIs>& stage, DType scale_dtype, cons
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
     const int token = warp.token + t * 16 + warp.row;
-    load_tokens<kIs>(&stage.tokens[token * kIs.pitch() + warp.q * (kIs.pitch() / 4)], a[t]);
+    load_tokens<kIs>(&stage.tokens[(warp.token + t * 16) * kIs.pitch()], warp, a[t]);
     if constexpr (kIs.group_scales) scale[t][0] = stage.scales[token], scale[t][1] = stage.scales[token + 8];
   }
 #pragma unroll

@@ -62,9 +62,9 @@ __device__ inline float scale_of(uint32_t bits, const Range4& range, float& by) 
   return largest < kTinyMax ? 0.0f : __fmul_rn(largest, range.unit);
 }
 
-// Eight codes from `at` on: as bytes, or as a word whose low nibbles are the first four and whose high ones the others.
-__device__ inline void write_codes(int8_t* to, int64_t at, bool pairs, const float (&t)[8], float by,
-                                   const Range4& range) {
+// Eight codes of token m from input i on: as bytes, or as the word of LinearSm80's pairs.
+__device__ inline void write_codes(int8_t* to, int64_t m, int64_t i, int64_t k, bool pairs, const float (&t)[8],
+                                   float by, const Range4& range) {
   uint32_t words[2] = {};
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -72,9 +72,11 @@ __device__ inline void write_codes(int8_t* to, int64_t at, bool pairs, const flo
     words[j / 4] |= (max(range.lowest, min(code, static_cast<int>(range.levels))) & 0xff) << j % 4 * 8;
   }
   if (pairs) {
-    *reinterpret_cast<uint32_t*>(to + at / 2) = (words[0] & 0x0f0f0f0fu) | (words[1] & 0x0f0f0f0fu) << 4;
+    const int64_t lane = (m / 16 * (k / kGroup) + i / kGroup) * 32 + m % 8 * 4 + i % kGroup / 16;
+    const int64_t at = lane * 4 + i / 8 % 2 * 2 + m / 8 % 2;
+    reinterpret_cast<uint32_t*>(to)[at] = (words[0] & 0x0f0f0f0fu) | (words[1] & 0x0f0f0f0fu) << 4;
   } else {
-    *reinterpret_cast<uint2*>(to + at) = {words[0], words[1]};
+    *reinterpret_cast<uint2*>(to + m * k + i) = {words[0], words[1]};
   }
 }
 
@@ -104,7 +106,7 @@ __device__ inline void quantize_token(const QuantizeAct& p, const Weight& w, boo
       const float scale = scale_of(largest, range, by);
       if (real && lane % 8 == 0) p.scales[m * (w.k / kGroup) + i / kGroup] = scale;
     }
-    if (real) write_codes(p.codes, m * w.k + i, pairs, t, by, range);
+    if (real) write_codes(p.codes, m, i, w.k, pairs, t, by, range);
   }
 }
 
