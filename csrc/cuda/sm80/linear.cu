@@ -304,8 +304,11 @@ __device__ inline void write(const LinearSm80& p, const Weight& w, const Place& 
   }
 }
 
-template <Product kIs>
-__global__ void __launch_bounds__(kThreads, kIs.blocks()) linear_kernel(const LinearSm80 p, const Weight w) {
+// Of a kernel's template arguments nvcc 13.0 takes no structs.
+template <bool kGroupScales, bool kPairs, bool kWithoutSign, bool kFourBit>
+__global__ void __launch_bounds__(kThreads, Product{.four_bit = kFourBit}.blocks())
+    linear_kernel(const LinearSm80 p, const Weight w) {
+  constexpr Product kIs{kGroupScales, kPairs, kWithoutSign, kFourBit};
   constexpr int kStages = kIs.stages();
   __shared__ __align__(16) Stage<kIs> stages[kStages];
   const int64_t token = int64_t{blockIdx.y} * kTokens;
@@ -339,14 +342,12 @@ using Kernel = void (*)(LinearSm80, Weight);
 
 Kernel kernel_of(const LinearSm80& p, bool four_bit) {
   const bool without_sign = p.of.mode == ActMode::uint4;
-  if (p.of.mode == ActMode::int8) return linear_kernel<Product{false, false, false, false}>;
-  if (!p.pairs) return linear_kernel<Product{true, false, false, false}>;
+  if (p.of.mode == ActMode::int8) return linear_kernel<false, false, false, false>;
+  if (!p.pairs) return linear_kernel<true, false, false, false>;
   if (four_bit) {
-    return without_sign ? linear_kernel<Product{true, true, true, true}>
-                        : linear_kernel<Product{true, true, false, true}>;
+    return without_sign ? linear_kernel<true, true, true, true> : linear_kernel<true, true, false, true>;
   }
-  return without_sign ? linear_kernel<Product{true, true, true, false}>
-                      : linear_kernel<Product{true, true, false, false}>;
+  return without_sign ? linear_kernel<true, true, true, false> : linear_kernel<true, true, false, false>;
 }
 
 // Whether the current device has INT4 units: those of compute capability 8 have.
