@@ -19,8 +19,8 @@
 // Turning a dot into fp32 is slow where conversions run at a quarter of the rate of sums. So dots start at the bits of
 // 1.5 * 2^23, whose last bit counts ones: the sum's bits are that number plus the dot, and one subtraction is left.
 //
-// Norm and rotation of queries and keys are no epilogue here: a warp has half of a head's outputs, and the pass
-// (rotate_heads.cu) costs little beside products of this speed.
+// Norm and rotation of queries and keys are no epilogue here, as they are on Hopper: a warp has half of a head's
+// outputs, and products here are slower beside the pass (rotate_heads.cu).
 #include "common.cuh"
 
 namespace nibble {
