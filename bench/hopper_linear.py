@@ -5,8 +5,9 @@
 Ours is timed with the quantization of its tokens and without (`linear`: widening, low-rank branch and bias included),
 and without a low-rank branch; `low_rank_share` is what the branch adds to quantization and linear together.
 `linear_kept` has its weights in 8 bits already (--wide-weights). Everything has its turn in each round. `streaming` and
-`resident` are quantize_act's two forms, where the shape has both. Rivals: torch's BF16 linear, and torch's FP8 product
-with row scales (`_scaled_mm`, fast accumulation), whose weights take twice the memory. Needs compute capability 9.0.
+`resident` are two of quantize_act's forms, where the shape has both; hopper_quantize.py has the third, and norms.
+Rivals: torch's BF16 linear, and torch's FP8 product with row scales (`_scaled_mm`, fast accumulation), whose weights
+take twice the memory. Needs compute capability 9.0.
 """
 
 from __future__ import annotations

@@ -274,6 +274,8 @@ def room_on(device: torch.device, gib: float | None) -> Room:
     budget = None if gib is None else int(gib * GIB)
     if budget is not None and budget <= RESERVE * GIB:
         raise ArgumentError(f"vram_budget: expected more than {RESERVE} GiB, got {gib}")
+    if device.type == "cuda" and device.index is None:  # "cuda" and "cuda:0" are one room
+        device = torch.device("cuda", torch.cuda.current_device())
     found = _rooms.get(device)
     if found is None:
         found = _rooms[device] = Room(device, budget)

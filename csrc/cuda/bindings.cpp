@@ -147,6 +147,25 @@ Status awq_linear(const std::array<uintptr_t, 4>& parts, const std::array<int64_
                          at<void>(stream));
 }
 
+// A layer: addresses of codes, scales, zeros, bias and y; then n and the type of scales and zeros. sizes: k, rows of x
+// and their stride. More layers than a launch holds take more launches.
+Status awq_linears(const std::vector<std::array<int64_t, 7>>& layers, const std::array<int64_t, 3>& sizes, uintptr_t x,
+                   int y_dtype, uintptr_t stream) {
+  AwqLinears p{at<const float>(x), sizes[1], sizes[2], sizes[0], DType(y_dtype), 0, {}};
+  int panels = 0;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto& [codes, scales, zeros, bias, y, n, scale_dtype] = layers[i];
+    const auto behind = [from = codes](int64_t part) { return static_cast<uint32_t>(part - from); };
+    p.layer[p.layers++] = {at<const uint8_t>(codes), at<void>(y), behind(scales),    behind(zeros), behind(bias),
+                           static_cast<int>(n),      panels,      DType(scale_dtype)};
+    panels += static_cast<int>((n + kPanel - 1) / kPanel);
+    if (p.layers < kMostLayers && i + 1 < layers.size()) continue;
+    if (const Status status = awq_linears_sm80(p, at<void>(stream))) return status;
+    p.layers = panels = 0;
+  }
+  return nullptr;
+}
+
 // Addresses in the order of the struct's members; sizes: batch, heads, tokens, text tokens.
 Status rotate_heads(const std::array<uintptr_t, 10>& a, const std::array<int, 4>& sizes, float eps, uintptr_t stream) {
   const int64_t stride = int64_t{3} * sizes[1] * 128;
@@ -192,6 +211,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("quantize_act_sm80", &quantize_act);
   m.def("linear_sm80", &linear);
   m.def("awq_linear_sm80", &awq_linear);
+  m.def("awq_linears_sm80", &awq_linears);
   m.def("rotate_heads_sm80", &rotate_heads);
   m.def("gated_add_sm80", &gated_add);
   m.def("depthwise_glu_sm80", &depthwise_glu);

@@ -65,8 +65,9 @@ struct WidenFp8 {
   bool nvfp4;
 };
 
-// A linear that reads the tokens of QuantizeFp8: inv_smooth (K) fp32 or null, down [K/32][R/8][8][32] bf16 (what a warp
-// takes at once lies together) -> codes (M,K) e4m3, scales (M) fp32, low_rank (M,R) bf16.
+// A linear that reads the tokens of QuantizeFp8: inv_smooth (K) fp32 or null, down [K/32][R/16][2][32][8] bf16 (a
+// lane's eight of an operand; engine/ops/wgmma64.py tells which) -> codes (M,K) e4m3, scales (M) fp32, low_rank (M,R)
+// bf16.
 struct QuantizeTarget {
   const float* inv_smooth;
   const void* down;
@@ -76,8 +77,9 @@ struct QuantizeTarget {
   int64_t rank;
 };
 
-// Which kernel: every CTA a few tokens, or CTAs that stay with their part of `down` (for many tokens, where they can).
-enum QuantizeForm { kChosen, kStreaming, kResident };
+// Which kernel: every CTA a few tokens, CTAs that stay with their part of `down` (for many tokens), or CTAs alone on
+// their multiprocessor with as many whole rows as it holds. What does not serve a shape leaves it to the first.
+enum QuantizeForm { kChosen, kStreaming, kResident, kWholeRows };
 
 // Tokens x (M,K) bf16, rows x_stride elements apart and on 16-byte borders, for one or two linears. Where `scale` is
 // given: x = LayerNorm(x) * (1 + scale) + shift first; scale, shift: (samples,K) bf16, rows mod_stride elements apart,
@@ -170,11 +172,35 @@ struct LinearSm80 {
   ProductForm form;
 };
 
+// A layer of AwqLinears. Scales, zeros and bias lie so many bytes behind its codes; first_panel: panels of the layers
+// before it; y (M,N) dense.
+struct AwqLayer {
+  const uint8_t* codes;
+  void* y;
+  uint32_t scales, zeros, bias;
+  int n, first_panel;
+  DType scale_dtype;
+};
+
+// AwqLinear for many layers that read the same tokens, in one launch: the same bits as one by one. The layers travel as
+// parameters of the kernel, which hold 4 KB, so that no table has to be kept in device memory.
+constexpr int kMostLayers = 96;
+
+struct AwqLinears {
+  const float* x;
+  int64_t m, x_stride, k;
+  DType y_dtype;
+  int layers;
+  AwqLayer layer[kMostLayers];
+};
+static_assert(sizeof(AwqLinears) <= 4096);
+
 // Ampere and everything after it, on the layouts of ops.h ("panel16"): pointers there are device memory. Rows of x, and
 // of token codes, begin on 16-byte borders. `pairs`: quantize_act writes 4-bit codes as LinearSm80 reads them.
 Status quantize_act_sm80(const QuantizeAct&, bool pairs, void* stream);
 Status linear_sm80(const LinearSm80&, void* stream);
 Status awq_linear_sm80(const AwqLinear&, void* stream);
+Status awq_linears_sm80(const AwqLinears&, void* stream);
 Status gated_add_sm80(const GatedAdd&, void* stream);
 Status rotate_heads_sm80(const RotateHeads&, void* stream);
 Status depthwise_glu_sm80(const DepthwiseGlu&, void* stream);

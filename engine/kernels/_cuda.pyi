@@ -72,6 +72,9 @@ def linear_sm80(
 def awq_linear_sm80(
     parts: tuple[int, ...], sizes: tuple[int, ...], x: int, x_stride: int, m: int, y: int, y_dtype: int, stream: int, /
 ) -> str | None: ...
+def awq_linears_sm80(
+    layers: list[tuple[int, ...]], sizes: tuple[int, int, int], x: int, y_dtype: int, stream: int, /
+) -> str | None: ...
 def depthwise_glu_sm80(addresses: tuple[int, ...], sizes: tuple[int, ...], stream: int, /) -> str | None: ...
 def linear_attention_sm80(
     addresses: tuple[int, ...], sizes: tuple[int, ...], epsilon: float, stream: int, /

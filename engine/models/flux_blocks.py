@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from engine import ops
+from engine.models.modulation import modulations
 from engine.models.normed import Projection, added, heads, normed, owns_stream, place_blocks
 
 __all__ = ["FusedDoubleBlock", "FusedSingleBlock", "fuse_blocks", "unfuse_blocks"]
@@ -41,7 +42,8 @@ class FusedSingleBlock(FluxSingleTransformerBlock):
         if joint_attention_kwargs or image_rotary_emb is None or not _plain(self.attn):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         text, x = encoder_hidden_states.shape[1], _joined(encoder_hidden_states, hidden_states)
-        shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
+        (modulation,) = modulations(self, temb, _norms)
+        shift, scale, gate = modulation.chunk(3, dim=1)
         qkv, mlp = normed(x, scale, shift, self.norm.norm, self.attn.to_qkv, self.proj_mlp)
         attended = _attend(self.attn, [qkv], image_rotary_emb)
         out: Any = self.proj_out
@@ -66,7 +68,7 @@ class FusedDoubleBlock(FluxTransformerBlock):
         if joint_attention_kwargs or image_rotary_emb is None or not _plain(self.attn):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         attn, length = self.attn, encoder_hidden_states.shape[1]
-        picture, text = (norm.linear(norm.silu(temb)).chunk(6, dim=1) for norm in (self.norm1, self.norm1_context))
+        picture, text = (modulation.chunk(6, dim=1) for modulation in modulations(self, temb, _norms))
         (qkv,) = normed(hidden_states, picture[1], picture[0], self.norm1.norm, attn.to_qkv)
         (words,) = normed(encoder_hidden_states, text[1], text[0], self.norm1_context.norm, attn.to_added_qkv)
         attended = _attend(attn, [words, qkv], image_rotary_emb)
@@ -95,6 +97,13 @@ def _joined(text: Tensor, picture: Tensor) -> Tensor:
 def _plain(attn: Any) -> bool:
     # Without fused projections nothing is gained.
     return type(attn.processor) is FluxAttnProcessor and attn.fused_projections
+
+
+def _norms(block: Any) -> tuple[Any, ...]:
+    """The norms whose modulation a block asks for in a plain step."""
+    if not isinstance(block, (FusedDoubleBlock, FusedSingleBlock)) or not _plain(block.attn):
+        return ()
+    return (block.norm1, block.norm1_context) if isinstance(block, FusedDoubleBlock) else (block.norm,)
 
 
 def _feed(ff: Any, norm: nn.LayerNorm, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:

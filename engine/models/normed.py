@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine import ops
 from engine.linear import SVDQuantLinear
 
-__all__ = ["Projection", "added", "heads", "normed", "owns_stream", "place_blocks"]
+__all__ = ["Projection", "added", "heads", "hooked", "normed", "owns_stream", "place_blocks", "step_blocks"]
 
 
 class Projection(NamedTuple):
@@ -78,15 +78,26 @@ def _bare(layer: nn.Module) -> bool:
     return layer.branch_scale is None and layer.bias_delta is None
 
 
+class _Place(NamedTuple):
+    model: weakref.ref[nn.Module]
+    forward: Any
+    lists: tuple[str, ...]  # of all placed blocks, in the order in which the model runs them
+    name: str
+    at: int
+
+
 # Blocks, and where in which model they are; and the `forward` of diffusers that reads nothing of what it gave them.
-_places: WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], Any, str, int]] = WeakKeyDictionary()
+_places: WeakKeyDictionary[nn.Module, _Place] = WeakKeyDictionary()
 
 
 def place_blocks(model: nn.Module, forward: Any, *names: str) -> None:
-    """Take note of the blocks in these lists of a model, for owns_stream; `forward` is that of diffusers' class."""
+    """Take note of the blocks in these lists of a model, in the order of a step, for owns_stream and step_blocks.
+
+    `forward` is that of diffusers' class.
+    """
     for name in names:
         for index, block in enumerate(getattr(model, name)):
-            _places[block] = weakref.ref(model), forward, name, index
+            _places[block] = _Place(weakref.ref(model), forward, names, name, index)
 
 
 def owns_stream(block: nn.Module) -> bool:
@@ -94,14 +105,29 @@ def owns_stream(block: nn.Module) -> bool:
 
     Whoever calls blocks otherwise may look at their inputs afterwards, as caches of the first block do.
     """
-    hooked = block._forward_hooks or block._forward_pre_hooks or hasattr(block, "_diffusers_hook")
-    if hooked or torch.is_grad_enabled() or (place := _places.get(block)) is None:
+    if hooked(block) or torch.is_grad_enabled() or (place := _places.get(block)) is None:
         return False
-    model, forward, name, index = place[0](), *place[1:]
+    model, forward = place.model(), place.forward
     if model is None or type(model).forward is not forward:
         return False
     own = model.__dict__.get("forward")  # a Recorder's (engine.graphs), or somebody else's
     if own is not None and getattr(getattr(own, "_forward", None), "__func__", None) is not forward:
         return False
-    blocks = getattr(model, name)
-    return index < len(blocks) and blocks[index] is block
+    blocks = getattr(model, place.name)
+    return place.at < len(blocks) and blocks[place.at] is block
+
+
+def step_blocks(block: nn.Module) -> list[nn.Module]:
+    """All blocks of the model, in order, if this one is the first of a plain step; else none."""
+    place = _places.get(block)
+    if place is None or place.at or not owns_stream(block):
+        return []
+    model: Any = place.model()
+    blocks = [other for name in place.lists for other in getattr(model, name)]
+    return blocks if blocks[0] is block else []
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module may be more than its `forward`, as of its class."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or hasattr(module, "_diffusers_hook") or "forward" in vars(module)

@@ -36,6 +36,7 @@ __all__ = [
     "adds_at_once",
     "attention_8bit",
     "awq_linear",
+    "awq_linears",
     "backends",
     "depthwise_glu",
     "dequantize",
@@ -65,6 +66,7 @@ _linear = torch.ops.nibble.linear.default
 _svdq_linear = torch.ops.nibble.svdq_linear.default
 _add_linear = torch.ops.nibble.add_linear_.default
 _awq_linear = torch.ops.nibble.awq_linear.default
+_awq_linears = torch.ops.nibble.awq_linears.default
 
 
 def quantize_act(x: Tensor, packed: PackedLinear, mode: str, pairs: bool = False) -> QuantizedAct:
@@ -193,6 +195,24 @@ def awq_linear(x: Tensor, packed: PackedAwq) -> Tensor:
     """
     _check_tokens(x, packed)
     return _awq_linear(x, packed.blob, packed.spec.key)
+
+
+def awq_linears(x: Tensor, layers: Sequence[PackedAwq]) -> list[Tensor]:
+    """awq_linear of each layer for the same x (..., K), bit for bit; on CUDA in one launch, for few tokens.
+
+    The outputs (..., N) are dense parts of one buffer. Raises ArgumentError and BackendError as quantize_act does.
+    """
+    for packed in layers:
+        _check_tokens(x, packed)
+    if not layers:
+        return []
+    specs = [packed.spec.key for packed in layers]
+    flat, m = _awq_linears(x, [packed.blob for packed in layers], specs), x.numel() // x.shape[-1]
+    starts = schema.awq_starts(m, specs)
+    return [
+        flat[start : start + m * packed.n].view(*x.shape[:-1], packed.n)
+        for packed, start in zip(layers, starts, strict=False)
+    ]
 
 
 def _check_tokens(x: Tensor, packed: PackedLinear | PackedAwq) -> None:

@@ -6,6 +6,8 @@ call.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -29,6 +31,7 @@ _library.define(
 _library.define("svdq_linear(Tensor x, Tensor blob, str spec, str mode, bool gelu=False) -> Tensor")
 _library.define("add_linear_(Tensor(a!) x, Tensor gate, Tensor y, Tensor blob, str spec, str mode) -> ()")
 _library.define("awq_linear(Tensor x, Tensor blob, str spec) -> Tensor")
+_library.define("awq_linears(Tensor x, Tensor[] blobs, str[] specs) -> Tensor")
 
 
 def _reference_quantize(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> QuantizedAct:
@@ -104,9 +107,29 @@ def _awq_linear(x: Tensor, blob: Tensor, spec: str) -> Tensor:
     return reference.awq_linear(x.reshape(-1, parsed.k), weight).to(x.dtype).view(*x.shape[:-1], parsed.n)
 
 
+def awq_starts(m: int, specs: Sequence[str]) -> list[int]:
+    """Where each layer's outputs (M, N) begin in what awq_linears gives, on borders of 64 elements; at last the end."""
+    sizes = (-(-m * parse(spec).n // 64) * 64 for spec in specs)
+    return list(itertools.accumulate(sizes, initial=0))
+
+
+def _awq_linears(x: Tensor, blobs: list[Tensor], specs: list[str]) -> Tensor:
+    parsed, starts = [parse(spec) for spec in specs], awq_starts(x.numel() // x.shape[-1], specs)
+    if all(spec.backend == "sm80" for spec in parsed) and x.numel() < sm80.DENSE_FROM * x.shape[-1]:
+        flat = x.new_empty(starts[-1])
+        sm80.awq_linears_(flat, starts[:-1], x, blobs, parsed)
+        return flat
+    flat = x.new_zeros(starts[-1])
+    for blob, spec, start in zip(blobs, specs, starts, strict=False):
+        y = _awq_linear(x, blob, spec)
+        flat[start : start + y.numel()] = y.flatten()
+    return flat
+
+
 for _name, _run in (
     ("quantize_act", _quantize_act), ("norm_quantize", _norm_quantize), ("linear", _linear),
-    ("svdq_linear", _svdq_linear), ("add_linear_", _add_linear), ("awq_linear", _awq_linear)
+    ("svdq_linear", _svdq_linear), ("add_linear_", _add_linear), ("awq_linear", _awq_linear),
+    ("awq_linears", _awq_linears)
 ):  # fmt: skip
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _run, _key)
@@ -157,3 +180,8 @@ def _(x: Tensor, gate: Tensor, y: Tensor, blob: Tensor, spec: str, mode: str) ->
 @torch.library.register_fake("nibble::awq_linear", lib=_library)
 def _(x: Tensor, blob: Tensor, spec: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], parse(spec).n))
+
+
+@torch.library.register_fake("nibble::awq_linears", lib=_library)
+def _(x: Tensor, blobs: list[Tensor], specs: list[str]) -> Tensor:
+    return x.new_empty(awq_starts(x.numel() // x.shape[-1], specs)[-1])

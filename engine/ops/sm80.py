@@ -7,6 +7,7 @@ quantize_act and linear 4-bit codes travel in pairs, two a byte in the order in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -20,7 +21,7 @@ from engine.ops.layout import PackedAwq, unpack_awq
 from engine.ops.reference import QuantizedAct
 from engine.ops.spec import Spec, parse
 
-__all__ = ["add_linear_", "awq_linear", "linear", "pairs_shape", "quantize_act", "svdq_linear"]
+__all__ = ["add_linear_", "awq_linear", "awq_linears_", "linear", "pairs_shape", "quantize_act", "svdq_linear"]
 
 # The weight-only kernel widens weights anew for every eight tokens.
 DENSE_FROM = 128
@@ -130,3 +131,17 @@ def awq_linear(x: Tensor, blob: Tensor, spec: Spec) -> Tensor:
             torch.cuda.current_stream().cuda_stream,
         ))  # fmt: skip
     return y
+
+
+def awq_linears_(
+    flat: Tensor, starts: Sequence[int], x: Tensor, blobs: Sequence[Tensor], specs: Sequence[Spec]
+) -> None:
+    """flat[start : start + M * N] = awq_linear of each layer as (M, N), in one launch; M below DENSE_FROM."""
+    rows, size, layers = _rows(x.float()), flat.element_size(), []
+    for blob, spec, start in zip(blobs, specs, starts, strict=True):
+        offsets, (n, _, scales) = _layer(spec.key)
+        layers.append((*_addresses(blob, offsets), flat.data_ptr() + start * size, n, scales))
+    sizes = rows.shape[1], rows.shape[0], rows.stride(0)
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        check(kernels().awq_linears_sm80(layers, sizes, rows.data_ptr(), DTYPES[flat.dtype], stream))

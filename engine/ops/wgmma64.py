@@ -45,7 +45,7 @@ def shapes(spec: Spec) -> Shapes:
         "codes": (torch.uint8, (n // BLOCK, k // BLOCK, 128, 16)),
         "scales": (dtype["wscales"], (n // BLOCK, k // BLOCK, *((4,) if nvfp4 else ()), BLOCK)),
         "up": (torch.bfloat16, (n, spec.rank)),
-        "down": (torch.bfloat16, (spec.k // 32, spec.rank // 8, 8, 32)),
+        "down": (torch.bfloat16, (spec.k // 32, spec.rank // 16, 2, 8, 4, 2, 2, 2)),
         "inv_smooth": (torch.float32, (spec.k,)),
         "bias": (torch.float32, (n,)),
         "row_most": (torch.float32, (n,)),
@@ -75,8 +75,7 @@ def fill(linear: CanonicalLinear, parts: dict[str, Tensor]) -> None:
         parts["bias"][: linear.n].copy_(linear.bias)
     if linear.lora_down is not None and linear.lora_up is not None:
         parts["up"][: linear.n].copy_(linear.lora_up)
-        # What a warp of the kernel takes at once lies together: eight ranks of 32 inputs.
-        parts["down"].copy_(linear.lora_down.unflatten(0, (-1, 8)).unflatten(2, (-1, 32)).permute(2, 0, 1, 3))
+        parts["down"].copy_(tile_down(linear.lora_down))
 
 
 def read(spec: Spec, parts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,9 +87,22 @@ def read(spec: Spec, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         "wscales": untile_scales(parts["scales"], n, k),
         "smooth": parts["smooth"],
         "lora_up": parts["up"][:n],
-        "lora_down": parts["down"].permute(1, 2, 0, 3).flatten(2).flatten(0, 1),
+        "lora_down": parts["down"].permute(DOWN_BACK).reshape(spec.rank, k),
         "bias": parts["bias"][:n],
     }
+
+
+def tile_down(down: Tensor) -> Tensor:
+    """(R, K) -> (K/32, R/16, 2, 8, 4, 2, 2, 2): 32 inputs and 16 ranks are two operands of a warp, four words a lane.
+
+    Of operand h lane 4 g + q has, in word 2 p + r, rank 8 r + g and of the eight inputs from 8 q on the pair 2 h + p.
+    """
+    rank, k = down.shape
+    # R/16, r, g, K/32, q, h, p and the pair's element
+    return down.reshape(rank // 16, 2, 8, k // 32, 4, 2, 2, 2).permute(3, 0, 5, 2, 4, 6, 1, 7)
+
+
+DOWN_BACK = (1, 6, 3, 0, 4, 2, 5, 7)  # undoes tile_down's order
 
 
 def tile_codes(nibbles: Tensor, e2m1: bool = False) -> Tensor:

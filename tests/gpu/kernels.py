@@ -27,7 +27,8 @@ def linears() -> None:
         weight = without_minus_eight(random_linear(case))
         packed = ops.pack(ops.CanonicalLinear(**on_device(weight)), "sm90a")
         act = cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(packed.blob, packed.spec)])[0]
-        cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(packed.blob, packed.spec)], form=2)
+        for form in (2, 3):
+            cuda._quantize(tokens(case, torch.bfloat16).cuda(), [(packed.blob, packed.spec)], form=form)
         wide = cuda._widen(act, packed.blob, packed.spec)
         cuda._multiply(act, wide, packed.blob, packed.spec, torch.bfloat16, gelu=True)
         stream = torch.zeros(1, case.m, case.n, dtype=torch.bfloat16).cuda()
@@ -41,7 +42,9 @@ def passes() -> None:
     weight = ops.pack(
         ops.CanonicalLinear(**on_device(without_minus_eight(random_linear(Case(1, 128, 320, 32))))), "sm90a"
     )
-    ops.norm_quantize(made(2, 40, 320), made(2, 320), made(2, 320), 1e-6, [weight, weight], "fp8")
+    for count, form in ((1, 1), (2, 1), (1, 3), (2, 3)):
+        targets = [(weight.blob, weight.spec)] * count
+        cuda._quantize(made(2, 40, 320), targets, (made(2, 320), made(2, 320), 1e-6), form=form)
     ops.gated_add(made(2, 9, 320), made(2, 320), made(2, 9, 320), made(2, 9, 320))
     angles = torch.randn(14, 128, generator=draw).cuda()
     heads = ops.pack(
@@ -68,8 +71,11 @@ def other_cards() -> None:
         for form in (1, 2):
             stream = torch.zeros(1, case.m, case.n, dtype=torch.bfloat16).cuda()
             sm80._multiply(act, packed.blob, packed.spec, stream, gate=stream[:, 0].clone(), form=form)
-    awq = ops.AwqWeight(**on_device(random_awq(Case(3, 70, 192, 0))))
-    ops.awq_linear(tokens(Case(3, 70, 192, 0), torch.bfloat16).cuda(), ops.pack_awq(awq, "sm80"))
+    layers = [ops.pack_awq(ops.AwqWeight(**on_device(random_awq(Case(3, n, 1600, 0)))), "sm80") for n in (70, 16, 33)]
+    for count in (1, 3, 9):
+        x = tokens(Case(count, 70, 1600, 0), torch.bfloat16).cuda()
+        ops.awq_linear(x, layers[0])
+        ops.awq_linears(x, layers)
 
 
 if __name__ == "__main__":

@@ -106,23 +106,24 @@ RESIDENT = (Case(1027, 128, 12288, 32), Case(2300, 128, 3072, 32), Case(4608, 12
             Case(4608, 128, 12288, 32), Case(3, 128, 6144, 16), Case(600, 128, 12288, 0))  # fmt: skip
 
 
+@pytest.mark.parametrize("form", [2, 3])
 @pytest.mark.parametrize("case", RESIDENT, ids=str)
-def test_both_forms_of_quantization_agree(case: Case):
-    """CTAs that stay give the codes and scales of those that do not, and projections that differ in the sums' order."""
+def test_forms_of_quantization_agree(case: Case, form: int):
+    """Every form gives the codes and scales of the first, and projections that differ in the sums' order."""
     linear, x = on_device(without_minus_eight(random_linear(case))), tokens(case, torch.bfloat16).cuda()
     x[1] = 0
     packed = ops.pack(linear, "sm90a")
     target = [(packed.blob, packed.spec)]
-    (plain,), (stays,), (again,) = (cuda._quantize(x, target, form=form) for form in (1, 2, 2))
+    (plain,), (other,), (again,) = (cuda._quantize(x, target, form=some) for some in (1, form, form))
     wanted = reference.quantize_act(x, linear.smooth, linear.lora_down, "fp8", torch.float64)
-    for one, two in ((plain, stays), (stays, again)):
+    for one, two in ((plain, other), (other, again)):
         assert torch.equal(one.codes.view(torch.uint8), two.codes.view(torch.uint8))
         assert torch.equal(one.scales, two.scales)
-    assert torch.equal(stays.low_rank, again.low_rank)
-    assert (stays.low_rank - wanted.low_rank).norm() <= 2.0**-8 * wanted.low_rank.norm()
+    assert torch.equal(other.low_rank, again.low_rank)
+    assert (other.low_rank - wanted.low_rank).norm() <= 2.0**-8 * wanted.low_rank.norm()
     # A token's bits do not depend on the tokens beside it.
-    some = cuda._quantize(x[: case.m // 2 + 1], target, form=2)[0]
-    assert torch.equal(some.low_rank, stays.low_rank[: case.m // 2 + 1])
+    some = cuda._quantize(x[: case.m // 2 + 1], target, form=form)[0]
+    assert torch.equal(some.low_rank, other.low_rank[: case.m // 2 + 1])
 
 
 @pytest.mark.parametrize("shape", [(1, 1100), (2, 1024), (4, 512), (1, 300), (3, 128)], ids=str)
@@ -183,6 +184,40 @@ def test_gelu_is_applied_before_rounding(m: int):
     act = ops.quantize_act(x, packed, "fp8")
     wanted = torch.nn.functional.gelu(ops.linear(act, packed, torch.float32), approximate="tanh")
     torch.testing.assert_close(ops.svdq_linear(x, packed, "fp8", gelu=True).float(), wanted, rtol=2**-8, atol=2e-3)
+
+
+# One wave of whole rows and several, tokens that fill no CTA, samples that begin within one, ranks that only the first
+# form serves.
+ROWS = ((1, 4608, 3072, (32, 32)), (1, 1536, 3072, (32,)), (3, 1001, 3072, (16, 32)), (2, 37, 3072, (0, 32)),
+        (1, 300, 3072, (32, 48)), (5, 23, 320, (32, 16)), (1, 3, 1536, (32,)), (1, 5000, 3072, (0, 0)),
+        (9, 5, 3072, (48,)), (2, 2500, 3072, (32, 32)))  # fmt: skip
+
+
+@pytest.mark.parametrize(("samples", "length", "k", "ranks"), ROWS)
+def test_forms_behind_a_norm_agree(samples: int, length: int, k: int, ranks: tuple[int, ...]):
+    linears = [on_device(without_minus_eight(random_linear(Case(1, 256, k, rank), seed=rank + i)))
+               for i, rank in enumerate(ranks)]  # fmt: skip
+    draw = torch.Generator("cuda").manual_seed(7)
+    x = (torch.randn(samples, length, k, generator=draw, device="cuda") * 3 + 1).bfloat16()
+    x[0, 1] = 0
+    shift, scale, _ = (torch.randn(samples, 3 * k, generator=draw, device="cuda").bfloat16() * 0.5).chunk(3, dim=1)
+    targets = [(packed.blob, packed.spec) for packed in (ops.pack(linear, "sm90a") for linear in linears)]
+    plain, rows, again = (cuda._quantize(x, targets, (scale, shift, 1e-6), form=form) for form in (1, 3, 3))
+    fewer = cuda._quantize(x[:, : length // 2 + 1].contiguous(), targets, (scale, shift, 1e-6), form=3)
+    exact = torch.nn.functional.layer_norm(x.double(), (k,), eps=1e-6) * (1 + scale.double()[:, None])
+    seen = (exact + shift.double()[:, None]).bfloat16().flatten(0, 1)
+    for i, linear in enumerate(linears):
+        for one, two in ((plain[i], rows[i]), (rows[i], again[i])):
+            assert torch.equal(one.codes.view(torch.uint8), two.codes.view(torch.uint8))
+            assert torch.equal(one.scales, two.scales)
+        assert torch.equal(rows[i].low_rank, again[i].low_rank)
+        wanted = reference.quantize_act(seen, linear.smooth, linear.lora_down, "fp8", torch.float64).low_rank
+        assert (rows[i].low_rank - wanted).norm() <= 2.0**-8 * wanted.norm()
+        assert (rows[i].low_rank - plain[i].low_rank).double().norm() <= 2.0**-9 * wanted.norm()
+        # A token's bits do not depend on the tokens beside it.
+        if max(ranks) <= 32:
+            kept = rows[i].low_rank.unflatten(0, (samples, length))[:, : length // 2 + 1]
+            assert torch.equal(fewer[i].low_rank, kept.flatten(0, 1))
 
 
 NORMED = ((1, 300, 3072, (32, 48)), (2, 100, 1536, (32,)), (1, 4608, 3072, (32, 32)), (3, 7, 320, (16, 128)))

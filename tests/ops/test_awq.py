@@ -47,3 +47,14 @@ def test_threads_never_change_a_bit(backend: str, threads):
         results.append(ops.awq_linear(x, packed))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("m", [1, 5, 130])
+def test_many_layers_at_once_give_the_same_bits(backend: str, m: int):
+    layers = [ops.pack_awq(random_awq(Case(m, n, 128, 0), seed=n), backend) for n in (33, 64, 7)]
+    x = tokens(Case(m, 7, 128, 0), torch.bfloat16).view(1, m, 128)
+    found = ops.awq_linears(x, layers)
+    assert len(found) == 3
+    assert all(torch.equal(y, ops.awq_linear(x, packed)) for y, packed in zip(found, layers, strict=True))
+    assert ops.awq_linears(x, []) == []

@@ -20,10 +20,11 @@ def arguments(name: str, backend: str) -> tuple:
         "linear": (*act, packed.blob, packed.spec.key, torch.float16),
         "svdq_linear": (x.view(2, 3, 128), packed.blob, packed.spec.key, "int8"),
         "awq_linear": (x.view(2, 3, 128), awq.blob, awq.spec.key),
+        "awq_linears": (x.view(2, 3, 128), [awq.blob, awq.blob], [awq.spec.key] * 2),
     }[name]
 
 
-@pytest.mark.parametrize("name", ["quantize_act", "linear", "svdq_linear", "awq_linear"])
+@pytest.mark.parametrize("name", ["quantize_act", "linear", "svdq_linear", "awq_linear", "awq_linears"])
 def test_schema_and_fake_agree_with_the_kernel(backend: str, name: str):
     torch.library.opcheck(
         getattr(torch.ops.nibble, name).default,

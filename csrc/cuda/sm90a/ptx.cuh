@@ -47,6 +47,13 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// What the launch asked for.
+__device__ inline int dynamic_shared_bytes() {
+  int bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+  return bytes;
+}
+
 // A number that is the same in all lanes of a warp, known to the compiler as such.
 __device__ inline int same_in_warp(int value) {
   return __shfl_sync(0xffffffffu, value, 0);

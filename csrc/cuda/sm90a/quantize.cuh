@@ -40,13 +40,12 @@ __device__ inline float read_remote(const float* local, uint32_t cta) {
   return v;
 }
 
-__device__ inline void multiply_16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                   uint32_t b1) {
+__device__ inline void multiply_16(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
 __device__ inline float warp_sum(float v) {
@@ -72,9 +71,6 @@ struct Place {
 
   __device__ uint4& at(int token, int input) const {
     return *reinterpret_cast<uint4*>(rows + token * pitch + input * 2);
-  }
-  __device__ int sample(int t) const {
-    return min(static_cast<int>((first_token + t) / p.tokens_per_sample), p.samples - 1);
   }
   __device__ void sync() const {
     if (clusters > 1) {
@@ -130,41 +126,65 @@ template <int kTargets>
 struct Columns {
   float inv_smooth[kTargets][8];
 
-  __device__ Columns(const Place& s, int i, bool real) {
+  __device__ Columns(const QuantizeFp8& p, int column, bool real) {
 #pragma unroll
     for (int target = 0; target < kTargets; ++target) {
-      const float* inv = s.p.target[target].inv_smooth;
+      const float* inv = p.target[target].inv_smooth;
       float4 a{1, 1, 1, 1}, b = a;
       if (inv && real) {
-        a = reinterpret_cast<const float4*>(inv + s.first_input + i)[0];
-        b = reinterpret_cast<const float4*>(inv + s.first_input + i)[1];
+        a = reinterpret_cast<const float4*>(inv + column)[0];
+        b = reinterpret_cast<const float4*>(inv + column)[1];
       }
       float (&to)[8] = inv_smooth[target];
       to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
     }
   }
-};
 
-// h = LayerNorm(h) (1 + scale) + shift, rounded to 16 bits, in place.
-struct Modulation {
-  float scale[8], shift[8];
-  int sample = -1;
-
-  __device__ void apply(const Place& s, int t, int i, float (&v)[8]) {
-    if (s.sample(t) != sample) {
-      sample = s.sample(t);
-      const int64_t from = int64_t{sample} * s.p.mod_stride + i;
-      unpack_eight(*vector_at(s.p.scale, from), scale);
-      unpack_eight(*vector_at(s.p.shift, from), shift);
-    }
-    const float mean = s.shared.mean[t], inverse = s.shared.inverse[t];
+  __device__ void write(const QuantizeFp8& p, int target, int64_t place, const float (&v)[8], float by) const {
+    float w[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = fmaf((v[j] - mean) * inverse, 1.0f + scale[j], shift[j]);
-    const uint4 rounded = pack_eight(v);
-    s.at(t, i) = rounded;
-    unpack_eight(rounded, v);
+    for (int j = 0; j < 8; ++j) w[j] = v[j] * inv_smooth[target][j];
+    *reinterpret_cast<uint2*>(p.target[target].codes + place) = {four_codes(w, by), four_codes(w + 4, by)};
   }
 };
+
+// LayerNorm(v) (1 + scale) + shift, rounded to 16 bits, for eight columns.
+struct Modulation {
+  float factor[8], shift[8];
+
+  // Takes those of a token's sample, and tells with which token the next begins: tokens are many, so nothing is asked
+  // of each of them.
+  __device__ int take(const QuantizeFp8& p, int token, int column, bool real) {
+    const int length = static_cast<int>(p.tokens_per_sample), sample = min(token / length, p.samples - 1);
+    const int64_t from = int64_t{sample} * p.mod_stride + column;
+    unpack_eight(real ? *vector_at(p.scale, from) : uint4{}, factor);
+    unpack_eight(real ? *vector_at(p.shift, from) : uint4{}, shift);
+#pragma unroll
+    for (float& one : factor) one += 1.0f;
+    return sample == p.samples - 1 ? static_cast<int>(p.m) : (sample + 1) * length;
+  }
+
+  __device__ uint4 apply(float mean, float inverse, float (&v)[8]) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = fmaf((v[j] - mean) * inverse, factor[j], shift[j]);
+    const uint4 rounded = pack_eight(v);
+    unpack_eight(rounded, v);
+    return rounded;
+  }
+};
+
+// The largest of |v / smooth| in the columns of a warp, for each target.
+template <int kTargets>
+__device__ inline void largest_of(const Columns<kTargets>& columns, const float (&v)[8], float (&largest)[kTargets]) {
+#pragma unroll
+  for (int target = 0; target < kTargets; ++target) {
+    float mine = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) mine = fmaxf(mine, fabsf(v[j] * columns.inv_smooth[target][j]));
+    // Floats that are not negative keep their order as integers.
+    largest[target] = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(mine)));
+  }
+}
 
 // [Normalizes, and] leaves in of_warp the largest values of |v / smooth| in the columns of each warp.
 template <int kTargets, bool kNorm>
@@ -172,24 +192,24 @@ __device__ inline void find_largest(const Place& s) {
   for (int base = s.warp * 256; base < s.slice; base += s.warps * 256) {
     const int i = base + s.lane * 8;
     const bool real = i < s.slice;
-    const Columns<kTargets> columns(s, i, real);
+    const Columns<kTargets> columns(s.p, s.first_input + i, real);
     Modulation modulation;
+    for (int t = 0; t < s.tokens;) {
+      const int end =
+          kNorm ? min(modulation.take(s.p, s.first_token + t, i, real) - s.first_token, s.tokens) : s.tokens;
 #pragma unroll 2
-    for (int t = 0; t < s.tokens; ++t) {
-      float v[8] = {};
-      if (real) {
-        unpack_eight(s.at(t, i), v);
-        if (kNorm) modulation.apply(s, t, i, v);
-      }
+      for (; t < end; ++t) {
+        float v[8] = {}, largest[kTargets];
+        if (real) {
+          unpack_eight(s.at(t, i), v);
+          if (kNorm) s.at(t, i) = modulation.apply(s.shared.mean[t], s.shared.inverse[t], v);
+        }
+        largest_of(columns, v, largest);
 #pragma unroll
-      for (int target = 0; target < kTargets; ++target) {
-        float largest = 0.0f;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(v[j] * columns.inv_smooth[target][j]));
-        // Floats that are not negative keep their order as integers.
-        largest = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)));
-        float& kept = s.shared.of_warp[target][s.warp][t];
-        if (s.lane == 0) kept = base < s.warps * 256 ? largest : fmaxf(kept, largest);
+        for (int target = 0; target < kTargets; ++target) {
+          float& kept = s.shared.of_warp[target][s.warp][t];
+          if (s.lane == 0) kept = base < s.warps * 256 ? largest[target] : fmaxf(kept, largest[target]);
+        }
       }
     }
   }
@@ -226,18 +246,15 @@ __device__ inline void choose_scales(const Place& s) {
 template <int kTargets>
 __device__ inline void write_codes(const Place& s) {
   for (int i = threadIdx.x * 8; i < s.slice; i += s.warps * 256) {
-    const Columns<kTargets> columns(s, i, true);
+    const Columns<kTargets> columns(s.p, s.first_input + i, true);
 #pragma unroll 2
     for (int t = 0; t < s.tokens; ++t) {
-      float v[8], w[8];
+      float v[8];
       unpack_eight(s.at(t, i), v);
+      const int64_t to = int64_t{s.first_token + t} * s.p.k + s.first_input + i;
 #pragma unroll
       for (int target = 0; target < kTargets; ++target) {
-        const float by = s.shared.by[target][t];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) w[j] = v[j] * columns.inv_smooth[target][j];
-        const int64_t to = int64_t{s.first_token + t} * s.p.k + s.first_input + i;
-        *reinterpret_cast<uint2*>(s.p.target[target].codes + to) = {four_codes(w, by), four_codes(w + 4, by)};
+        columns.write(s.p, target, to, v, s.shared.by[target][t]);
       }
     }
   }
@@ -264,9 +281,8 @@ __device__ inline void multiply_down(const Place& s, const QuantizeTarget& to, i
       const uint4 v = s.at(min(block * 8 + row, s.tokens - 1), i + run);
 #pragma unroll
       for (int m = 0; m < kRankChunk / 16; ++m) {
-        const uint4 &a = down[2 * m], &b = down[2 * m + 1];
-        multiply_16(d[m][block], a.x, b.x, a.y, b.y, v.x, v.y);
-        multiply_16(d[m][block], a.z, b.z, a.w, b.w, v.z, v.w);
+        multiply_16(d[m][block], down[2 * m], v.x, v.y);
+        multiply_16(d[m][block], down[2 * m + 1], v.z, v.w);
       }
     }
   }

@@ -152,9 +152,8 @@ __device__ inline void look_at_group(const Resident& s, const Worker& mine, int 
       if (!s.branch()) continue;
 #pragma unroll
       for (int m = 0; m < kResidentRanks / 16; ++m) {
-        const uint4 &a = mine.down[run][2 * m], &b = mine.down[run][2 * m + 1];
-        multiply_16(d[m][block], a.x, b.x, a.y, b.y, raw.x, raw.y);
-        multiply_16(d[m][block], a.z, b.z, a.w, b.w, raw.z, raw.w);
+        multiply_16(d[m][block], mine.down[run][2 * m], raw.x, raw.y);
+        multiply_16(d[m][block], mine.down[run][2 * m + 1], raw.z, raw.w);
       }
     }
   }
