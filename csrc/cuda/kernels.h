@@ -154,6 +154,24 @@ struct Attention {
   float scale, v_scale;
 };
 
+// Which matrix units multiply pairs of 4-bit codes. Chosen: INT4's where there are any (8.x), INT8's elsewhere. Both
+// give the same bits.
+enum ProductForm { kChosenProduct, kEightBitProduct, kFourBitProduct };
+
+// Linear on a device. `pairs`: token codes are [M/16 rounded up][K/64][32][4] words of eight inputs with nibbles in the
+// order of Weight's, two's complement, or 0..15 where the mode is uint4. Lane l has words 2q and 2q+1 (q = l % 4) of
+// tokens r and r + 8 (r = l / 4): the first of both, then the second of both. Tokens past M may hold anything. Without
+// pairs, a mode of 4 bits has its codes as bytes.
+struct LinearSm80 {
+  Linear of;
+  bool pairs, gelu;  // gelu: y = gelu(y), tanh form, of y rounded to its type
+  // Where given, y += gate * (what else were y, rounded), as GatedAdd does it: gate (samples,N) bf16, rows gate_stride
+  // elements apart, one for each tokens_per_sample tokens; y is bf16.
+  const uint16_t* gate;
+  int64_t gate_stride, tokens_per_sample;
+  ProductForm form;
+};
+
 // A layer of AwqLinears. Scales, zeros and bias lie so many bytes behind its codes; first_panel: panels of the layers
 // before it; y (M,N) dense.
 struct AwqLayer {
@@ -178,9 +196,9 @@ struct AwqLinears {
 static_assert(sizeof(AwqLinears) <= 4096);
 
 // Ampere and everything after it, on the layouts of ops.h ("panel16"): pointers there are device memory. Rows of x, and
-// of token codes, begin on 16-byte borders.
-Status quantize_act_sm80(const QuantizeAct&, void* stream);
-Status linear_sm80(const Linear&, void* stream);
+// of token codes, begin on 16-byte borders. `pairs`: quantize_act writes 4-bit codes as LinearSm80 reads them.
+Status quantize_act_sm80(const QuantizeAct&, bool pairs, void* stream);
+Status linear_sm80(const LinearSm80&, void* stream);
 Status awq_linear_sm80(const AwqLinear&, void* stream);
 Status awq_linears_sm80(const AwqLinears&, void* stream);
 Status gated_add_sm80(const GatedAdd&, void* stream);

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ArgumentError
-from engine.ops import backends, cuda, schema, widening
+from engine.ops import backends, cuda, schema, sm80, widening
 from engine.ops.attention import attention_8bit
 from engine.ops.canonical import AwqWeight, CanonicalLinear, dequantize, dequantize_awq
 from engine.ops.heads import project_heads, projects_heads, rotate_heads
@@ -71,17 +71,18 @@ _awq_linear = torch.ops.nibble.awq_linear.default
 _awq_linears = torch.ops.nibble.awq_linears.default
 
 
-def quantize_act(x: Tensor, packed: PackedLinear, mode: str) -> QuantizedAct:
+def quantize_act(x: Tensor, packed: PackedLinear, mode: str, pairs: bool = False) -> QuantizedAct:
     """Smooth and quantize tokens, and take their low-rank projection, in one pass over x (..., K) of any strides.
 
     mode "int8": one scale a token; "int4": one a token and 64 inputs, codes -8..7; "uint4": the same for GELU
     outputs, lifted by GELU_SHIFT, codes 0..15; "fp8": e4m3, one scale a token, for Hopper. Tokens are flattened to M.
-    The low-rank projection sees x as it is.
+    The low-rank projection sees x as it is. `pairs` lets a backend that multiplies such (sm80) give 4-bit codes two a
+    byte, for `linear` alone (engine/ops/sm80.py).
     Raises ArgumentError for a wrong shape, dtype, device or mode; BackendError if the backend cannot run here.
     """
     _check_tokens(x, packed)
     _check_mode(mode, packed.backend)
-    return QuantizedAct(*_quantize_act(x, packed.blob, packed.spec.key, mode))
+    return QuantizedAct(*_quantize_act(x, packed.blob, packed.spec.key, mode, pairs))
 
 
 def norm_quantize(
@@ -113,9 +114,12 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
     `out_dtype` defaults to packed.dtype; `gelu` as in svdq_linear. Raises ArgumentError if `act` does not fit
     `packed`; BackendError as above.
     """
-    m, k, out_dtype = act.codes.shape[0], packed.k, out_dtype or packed.dtype
+    pairs = packed.backend == "sm80" and act.codes.dim() == 3 and act.scales.dim() == 2
+    m, k, out_dtype = (act.scales if pairs else act.codes).shape[0], packed.k, out_dtype or packed.dtype
     wanted = {"codes": ((m, k),), "scales": ((m,), (m, k // 64)), "low_rank": ((m, packed.rank),)}
     fp8 = act.codes.dtype == torch.float8_e4m3fn
+    if pairs:
+        wanted["codes"] = (sm80.pairs_shape(m, k),)
     for name, shapes in wanted.items():
         tensor = getattr(act, name)
         if tuple(tensor.shape) not in shapes:
@@ -125,6 +129,8 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
         dtype = torch.float32
         if name == "codes":
             dtype = torch.float8_e4m3fn if fp8 else torch.int8
+            if pairs and tensor.dtype == torch.uint8:
+                dtype = torch.uint8
         elif name == "low_rank" and fp8 and tensor.dtype == torch.bfloat16:
             dtype = torch.bfloat16
         if tensor.dtype != dtype or tensor.device != packed.blob.device:
@@ -139,7 +145,8 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
 def svdq_linear(x: Tensor, packed: PackedLinear, mode: str, gelu: bool = False) -> Tensor:
     """x (..., K) of any strides -> y (..., N) in the dtype of x: quantize_act and linear in one call.
 
-    `gelu` applies GELU in its tanh form to the result; on sm90a before it is rounded, at no cost.
+    `gelu` applies GELU in its tanh form to the result, without a pass of its own on sm90a (before the result is
+    rounded) and on sm80.
 
     Raises ArgumentError and BackendError as quantize_act does.
     """
@@ -151,8 +158,8 @@ def svdq_linear(x: Tensor, packed: PackedLinear, mode: str, gelu: bool = False) 
 def add_linear_(x: Tensor, gate: Tensor, y: Tensor, packed: PackedLinear, mode: str) -> None:
     """x += gate * svdq_linear(y, packed, mode) in place: x (B, T, N), gate (B, N), y (B, T, K).
 
-    On sm90a the product is added where it is written, without a pass of its own. Raises ArgumentError and BackendError
-    as quantize_act does.
+    On sm90a and sm80 the product is added where it is written, without a pass of its own. Raises ArgumentError and
+    BackendError as quantize_act does.
     """
     _check_tokens(y, packed)
     _check_mode(mode, packed.backend)

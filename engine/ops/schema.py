@@ -20,7 +20,7 @@ from engine.ops.reference import QuantizedAct
 from engine.ops.spec import Spec, parse
 
 _library = torch.library.Library("nibble", "DEF")
-_library.define("quantize_act(Tensor x, Tensor blob, str spec, str mode) -> (Tensor, Tensor, Tensor)")
+_library.define("quantize_act(Tensor x, Tensor blob, str spec, str mode, bool pairs=False) -> (Tensor, Tensor, Tensor)")
 _library.define(
     "linear(Tensor codes, Tensor scales, Tensor low_rank, Tensor blob, str spec, ScalarType out_dtype, bool gelu=False)"
     " -> Tensor"
@@ -48,8 +48,11 @@ def _compiled(spec: Spec) -> ModuleType:
     return {"sm90a": cuda, "sm80": sm80}.get(spec.backend, cpu)
 
 
-def _quantize_act(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_act(x: Tensor, blob: Tensor, spec: str, mode: str, pairs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     parsed = parse(spec)
+    if parsed.backend == "sm80":
+        codes, scales, low_rank = sm80.quantize_act(x, blob, parsed, mode, pairs)
+        return codes, scales, low_rank
     run = _reference_quantize if parsed.backend == "reference" else _compiled(parsed).quantize_act
     codes, scales, low_rank = run(x, blob, parsed, mode)
     return codes, scales, low_rank
@@ -69,8 +72,8 @@ def _linear(
     codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype, gelu: bool = False
 ) -> Tensor:
     parsed, act = parse(spec), QuantizedAct(codes, scales, low_rank)
-    if parsed.backend == "sm90a":
-        return cuda.linear(act, blob, parsed, out_dtype, gelu)
+    if parsed.backend in ("sm90a", "sm80"):
+        return _compiled(parsed).linear(act, blob, parsed, out_dtype, gelu)
     run = _reference_linear if parsed.backend == "reference" else _compiled(parsed).linear
     y = run(act, blob, parsed, out_dtype)
     return F.gelu(y, approximate="tanh") if gelu else y
@@ -78,8 +81,8 @@ def _linear(
 
 def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str, gelu: bool = False) -> Tensor:
     parsed = parse(spec)
-    if parsed.backend == "sm90a":
-        return cuda.svdq_linear(x, blob, parsed, mode, gelu)
+    if parsed.backend in ("sm90a", "sm80"):
+        return _compiled(parsed).svdq_linear(x, blob, parsed, mode, gelu)
     if parsed.backend != "reference":
         y = _compiled(parsed).svdq_linear(x, blob, parsed, mode)
     else:
@@ -91,7 +94,7 @@ def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str, gelu: bool = Fal
 def _add_linear(x: Tensor, gate: Tensor, y: Tensor, blob: Tensor, spec: str, mode: str) -> None:
     parsed = parse(spec)
     if cuda.can_add(x, gate, parsed):
-        cuda.add_linear_(x, gate, y, blob, parsed, mode)
+        _compiled(parsed).add_linear_(x, gate, y, blob, parsed, mode)
     else:
         x.copy_(torch.ops.nibble.gated_add.default(x, gate, _svdq_linear(y, blob, spec, mode)))
 
@@ -133,12 +136,14 @@ for _name, _run in (
 
 
 @torch.library.register_fake("nibble::quantize_act", lib=_library)
-def _(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, blob: Tensor, spec: str, mode: str, pairs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     parsed = parse(spec)
     m = x.numel() // parsed.k
     scales = (m,) if mode in ("int8", "fp8") else (m, parsed.k // 64)
+    two = pairs and parsed.backend == "sm80" and mode != "int8"
+    codes = torch.float8_e4m3fn if mode == "fp8" else torch.uint8 if two and mode == "uint4" else torch.int8
     return (
-        x.new_empty((m, parsed.k), dtype=torch.float8_e4m3fn if mode == "fp8" else torch.int8),
+        x.new_empty(sm80.pairs_shape(m, parsed.k) if two else (m, parsed.k), dtype=codes),
         x.new_empty(scales, dtype=torch.float32),
         x.new_empty((m, parsed.rank), dtype=torch.float32),
     )
@@ -159,7 +164,7 @@ def _(
 def _(
     codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype, gelu: bool = False
 ) -> Tensor:
-    return codes.new_empty((codes.shape[0], parse(spec).n), dtype=out_dtype)
+    return codes.new_empty((scales.shape[0], parse(spec).n), dtype=out_dtype)
 
 
 @torch.library.register_fake("nibble::svdq_linear", lib=_library)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.ops import cuda, widening
+from engine.ops import cuda, sm80, widening
 from tests.ops.cases import Case, random_awq, random_linear, tokens
 from tests.ops.test_wgmma64 import without_minus_eight
 
@@ -64,8 +64,13 @@ def other_cards() -> None:
     """What serves every card from Ampere on."""
     case = Case(70, 100, 192, 16)
     packed = ops.pack(ops.CanonicalLinear(**on_device(random_linear(case))), "sm80")
+    x = tokens(case, torch.bfloat16).cuda()
     for mode in ("int8", "int4", "uint4"):
-        ops.svdq_linear(tokens(case, torch.bfloat16).cuda(), packed, mode)
+        ops.linear(ops.quantize_act(x, packed, mode), packed, gelu=True)
+        act = ops.quantize_act(x, packed, mode, pairs=True)
+        for form in (1, 2):
+            stream = torch.zeros(1, case.m, case.n, dtype=torch.bfloat16).cuda()
+            sm80._multiply(act, packed.blob, packed.spec, stream, gate=stream[:, 0].clone(), form=form)
     layers = [ops.pack_awq(ops.AwqWeight(**on_device(random_awq(Case(3, n, 1600, 0)))), "sm80") for n in (70, 16, 33)]
     for count in (1, 3, 9):
         x = tokens(Case(count, 70, 1600, 0), torch.bfloat16).cuda()
