@@ -129,10 +129,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     config = CONFIG | ({"num_layers": 2, "num_single_layers": 4} if options.few else {})
 
     def build() -> nn.Module:
-        if kind in ("int4", "int4a4", "int4q8", "int4w", "int4wq8", "nvfp4"):
+        if kind in ("int4", "int4a4", "int4q8", "int4q16", "int4w", "int4wq8", "nvfp4"):
             layer = random_nvfp4 if kind == "nvfp4" else random_layer
             model = quantized("cuda", config, "w4a4" if kind == "int4a4" else "auto", options.rank, layer)
-            set_attention(model, "8bit" if kind.endswith("q8") else "16bit")
+            set_attention(model, {"q8": "8bit", "16": "16bit"}.get(kind[-2:], "auto"))
             set_wide_weights(model, kind.startswith("int4w"))
             return model
         model = dense("cuda", config)
@@ -194,8 +194,9 @@ def main() -> None:
     """Parse the command line, measure each variant, write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", default=["bf16", "int4"],
-                        help="bf16, fp8, fp8mm, int4, int4a4, nvfp4; int4q8 with attention in 8 bits, int4w with "
-                        "weights kept in 8 bits too, int4wq8 with both; with -eager not compiled")  # fmt: skip
+                        help="bf16, fp8, fp8mm, int4, int4a4, nvfp4; int4q8 and int4q16 with attention in 8 and 16 "
+                        "bits, int4w with weights kept in 8 bits too, int4wq8 with both; "
+                        "with -eager not compiled")  # fmt: skip
     parser.add_argument("--size", type=int, default=1024, help="pixels of a side")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=32)

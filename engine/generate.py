@@ -44,7 +44,7 @@ class Engine:
         self.spec = spec
         self.precision = precision
         self.activation = activation
-        self.attention, self.wide_weights = "16bit", False
+        self.attention, self.wide_weights = "auto", False
         self.backend = backend
         self.device = device
         self.pipe = pipe
@@ -63,7 +63,7 @@ class Engine:
         *,
         device: str = "auto",
         activation: str = "auto",
-        attention: str = "16bit",
+        attention: str = "auto",
         wide_weights: bool = False,
         vram_budget: float | None = None,
         offload: bool = False,
@@ -72,11 +72,11 @@ class Engine:
     ) -> Engine:
         """Open `model` in `precision` ("bf16" or one of the model's 4-bit checkpoints).
 
-        `activation` ("auto", "w4a4", "w4a8") is how 4-bit linears see their input; `attention` ("16bit", "8bit") is in
-        how many bits a 4-bit FLUX holds attention's probabilities and values; `wide_weights` keeps 8-bit copies of
-        4-bit weights, for speed on Hopper. `vram_budget` is what all engines together keep to of a GPU, in GiB:
-        networks come for their calls, a transformer block by block if need be; `offload` holds one network at a time.
-        `share` is an engine of the same model whose text encoders and VAE are used again. `progress` is told in words
+        `activation` ("auto", "w4a4", "w4a8") is how 4-bit linears see their input; `attention` ("auto", "16bit",
+        "8bit") is in how many bits a 4-bit FLUX holds attention's probabilities and values; `wide_weights` keeps 8-bit
+        copies of 4-bit weights, for speed on Hopper. `vram_budget` is what all engines together keep to of a GPU, in
+        GiB: networks come for their calls, a transformer block by block if need be; `offload` holds one network at a
+        time. `share` is an engine of the same model whose text encoders and VAE are used again. `progress` is told in words
         what is being loaded.
         Raises ModelError, CheckpointError, BackendError or ArgumentError, each with one sentence saying what to do.
         """
@@ -102,7 +102,7 @@ class Engine:
                 backend, kind = ops.backends.select(where).name, resolve_activation(activation, where)
                 transformer = loading.quantized_transformer(spec, precision, backend, kind, home, tell)
                 backend = _backend_of(transformer) or backend
-            if attention != "16bit":
+            if attention != "auto":
                 set_attention(transformer, attention)
             loading.add_lora(spec, transformer)
             if wide_weights:
@@ -141,7 +141,7 @@ class Engine:
             model=self.spec.name,
             precision=self.precision,
             activation=self.activation,
-            attention=self.attention,
+            attention=self._attention(request, text),
             wide_weights=self.wide_weights,
             backend=self.backend,
             device=_device_name(self.device),
@@ -152,6 +152,14 @@ class Engine:
             peak_bytes=memory.bytes,
             versions=_versions(),
         )
+
+    def _attention(self, request: Request, text: dict[str, torch.Tensor]) -> str:
+        """What attention's probabilities and values are held in for this request: "16bit" or "8bit"."""
+        if self.precision == "bf16" or self.spec.family != "flux":
+            return "16bit"
+        picture = (request.width or 0) // 16 * ((request.height or 0) // 16)
+        tokens = picture + text["prompt_embeds"].shape[1]
+        return "8bit" if ops.in_8bit(self.attention, tokens, self.device) else "16bit"
 
     def _wear(self, wanted: Mapping[str, float]) -> None:
         """Bring the transformer's LoRAs to those of a request, beside the one that belongs to the model.

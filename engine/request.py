@@ -22,7 +22,8 @@ MAX_PROMPT_CHARACTERS = 4000
 MAX_SEED = 2**32 - 1
 METADATA_KEY = "nibble"
 LORA_STRENGTHS = (-4.0, 4.0)
-ATTENTIONS = ("16bit", "8bit")  # what a 4-bit FLUX can hold attention's probabilities and values in
+# What a 4-bit FLUX can hold attention's probabilities and values in; "auto": in 8 bits where that pays most.
+ATTENTIONS = ("auto", "16bit", "8bit")
 
 
 @dataclass(frozen=True)

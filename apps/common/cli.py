@@ -156,10 +156,10 @@ def loader_for(args: argparse.Namespace) -> Callable[..., Any]:
 
         _hush()
         kind, activation = parted(precision)
-        eight = args.attention == "8bit" and kind != "bf16" and spec.family == "flux"
+        eight = kind != "bf16" and spec.family == "flux"  # what may be asked for 8 bits
         return Engine.load(
             spec, kind, device=args.device, activation=activation or args.activation, share=share, progress=progress,
-            attention="8bit" if eight else "16bit", wide_weights=args.wide_weights and kind != "bf16",
+            attention=args.attention if eight else "auto", wide_weights=args.wide_weights and kind != "bf16",
             vram_budget=args.vram_budget, offload=args.offload,
         )  # fmt: skip
 

@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         "--activation", default="auto", help="what 4-bit layers see: auto, w4a8 (8-bit) or w4a4 (4-bit)"
     )
     parser.add_argument(
-        "--attention", default="16bit", help="what a 4-bit FLUX holds attention's values in: 16bit or 8bit"
+        "--attention",
+        default="auto",
+        help="what a 4-bit FLUX holds attention's values in: 16bit, 8bit, or auto (8bit for large pictures on Hopper)",
     )
     parser.add_argument(
         "--wide-weights", action="store_true", help="on Hopper, keep 8-bit copies of the 4-bit weights: faster, larger"
@@ -97,7 +99,7 @@ def _generate(args: argparse.Namespace) -> list[dict[str, Any]]:
     for precision in dict.fromkeys(args.precision):
         engine = Engine.load(
             spec, precision, device=args.device, activation=args.activation, share=first, progress=_say(args.json),
-            attention="16bit" if precision == "bf16" else args.attention,
+            attention="auto" if precision == "bf16" else args.attention,
             wide_weights=args.wide_weights and precision != "bf16",
             vram_budget=args.vram_budget, offload=args.offload,
         )  # fmt: skip

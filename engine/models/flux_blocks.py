@@ -143,7 +143,7 @@ def _attend(attn: Any, projections: list[Projection], rotary: Rotary) -> Tensor:
     """Attention of a joint sequence: text (B, L, 3 D), if any, and picture (B, M, 3 D) -> (B, L + M, D)."""
     norms = [attn.norm_q, attn.norm_k] + ([attn.norm_added_q, attn.norm_added_k] if len(projections) == 2 else [])
     query, key, value = heads(projections, norms, rotary)
-    if getattr(attn, "eight_bit", False):
+    if ops.in_8bit(getattr(attn, "attention", "auto"), query.shape[1], query.device):
         return ops.attention_8bit(query, key, value)
     out: Any = dispatch_attention_fn(query, key, value, backend=attn.processor._attention_backend)
     return out.flatten(2, 3).to(query.dtype)

@@ -68,7 +68,7 @@ def heads(
     return ops.rotate_heads(picture.value(), text, weights, *rotary, eps)
 
 
-def ready(layer: nn.Module, y: Tensor) -> Projection:
+def ready(layer: Any, y: Tensor) -> Projection:
     """A layer beside its input y (B, M, D), quantized by now where its kernel takes it so."""
     tokens: Any = y
     if _bare(layer) and layer.backend == "sm90a" and not torch.compiler.is_compiling():

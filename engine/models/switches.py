@@ -15,13 +15,13 @@ __all__ = ["check_attention", "set_attention", "set_wide_weights"]
 def check_attention(attention: str) -> None:
     """Raise ArgumentError for an unknown name."""
     if attention not in ATTENTIONS:
-        raise ArgumentError(f"attention: expected {' or '.join(ATTENTIONS)}, got {attention!r}")
+        raise ArgumentError(f"attention: expected {', '.join(ATTENTIONS[:-1])} or {ATTENTIONS[-1]}, got {attention!r}")
 
 
 def set_attention(transformer: Any, attention: str) -> None:
     """Let a 4-bit FLUX transformer hold probabilities and values of its attention in 16 bits, or in 8.
 
-    ops.attention_8bit says what that is; it counts from the next step on.
+    ops.attention_8bit says what that is, ops.in_8bit what "auto", the default, means; it counts from the next step on.
 
     Raises ArgumentError for an unknown name, and for 8 bits where the model has none: SANA's attention is linear, and
     16-bit models run as diffusers wrote them.
@@ -36,7 +36,7 @@ def set_attention(transformer: Any, attention: str) -> None:
         raise ArgumentError("attention: expected 16bit, got '8bit': 4-bit FLUX models alone have 8-bit attention")
     graphs.forget(transformer)
     for block in blocks:
-        block.attn.eight_bit = attention == "8bit"
+        block.attn.attention = attention
 
 
 def set_wide_weights(transformer: Any, wide: bool) -> None:

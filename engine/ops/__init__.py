@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.errors import ArgumentError
 from engine.ops import backends, cuda, schema, sm80, widening
-from engine.ops.attention import attention_8bit
+from engine.ops.attention import attention_8bit, in_8bit
 from engine.ops.canonical import AwqWeight, CanonicalLinear, dequantize, dequantize_awq
 from engine.ops.heads import project_heads, projects_heads, rotate_heads
 from engine.ops.layout import PackedAwq, PackedLinear, pack, pack_awq, unpack, unpack_awq
@@ -44,6 +44,7 @@ __all__ = [
     "dequantize_awq",
     "drop_wide",
     "gated_add",
+    "in_8bit",
     "keep_wide",
     "linear",
     "linear_attention",

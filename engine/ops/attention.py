@@ -1,4 +1,4 @@
-"""Attention whose probabilities and values are in e4m3. An option; Hopper has a kernel for it.
+"""Attention whose probabilities and values are in e4m3; Hopper has a kernel for it.
 
 Queries and keys stay 16-bit: in e4m3, even less the mean of the keys, they cost the small FLUX's pictures 3 dB.
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.ops.backends import cuda_kernels
-from engine.ops.cuda import check
+from engine.ops import backends
+from engine.ops.calls import check, kernels
 from engine.ops.heads import HEAD
 
-__all__ = ["attention_8bit"]
+__all__ = ["EIGHT_BIT_FROM", "attention_8bit", "in_8bit"]
+
+# From so many tokens on attention is more than a third of a step, and 8 bits are taken where nobody said otherwise:
+# a twelfth of its time for 0.2 dB (bench/NOTES.md). A FLUX picture of 1408x1408 with 512 text tokens has 8,256.
+EIGHT_BIT_FROM = 8192
 
 # What numbers are multiplied with before they become e4m3, which holds 2^-6 to 448 in full.
 _V_SCALE, _P_SCALE, _LARGEST = 4.0, 256.0, 448.0
@@ -25,6 +29,11 @@ _attention_8bit = torch.ops.nibble.attention_8bit.default
 def attention_8bit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v of query, key and value (B, T, H, D), as (B, T, H D) in their dtype."""
     return _attention_8bit(query, key, value)
+
+
+def in_8bit(attention: str, tokens: int, device: torch.device) -> bool:
+    """Whether so many tokens, picture's and text's, go through attention_8bit: what "auto", "16bit" or "8bit" means."""
+    return attention == "8bit" or (attention == "auto" and tokens >= EIGHT_BIT_FROM and _served(device))
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -40,10 +49,9 @@ def _e4m3(x: Tensor) -> Tensor:
 
 
 def _launch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    module = cuda_kernels()
-    hopper = torch.cuda.get_device_capability(query.device)[0] == 9
-    if module is None or not hopper or query.dtype != torch.bfloat16 or query.shape[-1] != HEAD:
+    if not _served(query.device) or query.dtype != torch.bfloat16 or query.shape[-1] != HEAD:
         return _plain(query, key, value)
+    module = kernels()
     views = [part if _fits(part) else part.contiguous() for part in (query, key, value)]
     batch, tokens, heads, _ = query.shape
     scratch = query.new_empty(batch * heads * HEAD * -(-tokens // 128) * 128, dtype=torch.uint8)
@@ -54,6 +62,10 @@ def _launch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         stream = torch.cuda.current_stream().cuda_stream
         check(module.attention_sm90a(addresses, strides, (batch, heads, tokens), HEAD**-0.5, _V_SCALE, stream))
     return out
+
+
+def _served(device: torch.device) -> bool:
+    return device.type == "cuda" and any(row.name == "sm90a" and row.runs for row in backends.table(device))
 
 
 def _fits(part: Tensor) -> bool:

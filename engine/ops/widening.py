@@ -152,7 +152,8 @@ class _Ahead:
         for at, buffer in enumerate(self._buffers):
             if buffer.data_ptr() == wide.data_ptr():
                 turn = max(turn for turn in range(self._asked) if turn % BUFFERS == at)
-                self._done[turn] = torch.cuda.current_stream(wide.device).record_event()
+                self._done[turn] = event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(wide.device))
 
     def join(self) -> None:
         """Let the current stream wait for what was begun, as a graph's end must."""
@@ -168,4 +169,5 @@ class _Ahead:
             blob, spec = self._order[turn]
             with torch.cuda.stream(self._stream):
                 widened(blob, spec, self._buffers[turn % BUFFERS])
-            self._ready.append(self._stream.record_event())
+            self._ready.append(event := torch.cuda.Event())
+            event.record(self._stream)

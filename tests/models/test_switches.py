@@ -15,8 +15,8 @@ def test_attention_in_8_bits_is_for_four_bit_flux():
             Engine.load(model, precision, device="cpu", attention="8bit")
     engine = Engine.load("tiny", "int4", device="cpu", attention="8bit")
     blocks = [*engine.pipe.transformer.transformer_blocks, *engine.pipe.transformer.single_transformer_blocks]
-    assert all(block.attn.eight_bit for block in blocks)
-    with pytest.raises(ArgumentError, match="attention: expected 16bit or 8bit, got 'fp8'"):
+    assert all(block.attn.attention == "8bit" for block in blocks)
+    with pytest.raises(ArgumentError, match="attention: expected auto, 16bit or 8bit, got 'fp8'"):
         set_attention(engine.pipe.transformer, "fp8")
 
 
