@@ -21,7 +21,7 @@ from engine.ops.canonical import AwqWeight, CanonicalLinear, dequantize, dequant
 from engine.ops.heads import project_heads, projects_heads, rotate_heads
 from engine.ops.layout import PackedAwq, PackedLinear, pack, pack_awq, unpack, unpack_awq
 from engine.ops.passes import gated_add
-from engine.ops.reference import GELU_SHIFT, MODES, QuantizedAct
+from engine.ops.reference import GELU_SHIFT, MODES, QuantizedAct, act_layout
 from engine.ops.sana import depthwise_glu, linear_attention
 
 __all__ = [
@@ -71,8 +71,8 @@ def quantize_act(x: Tensor, packed: PackedLinear, mode: str) -> QuantizedAct:
     """Smooth and quantize tokens, and take their low-rank projection, in one pass over x (..., K) of any strides.
 
     mode "int8": one scale a token; "int4": one a token and 64 inputs, codes -8..7; "uint4": the same for GELU
-    outputs, lifted by GELU_SHIFT, codes 0..15; "fp8": e4m3, one scale a token, for Hopper. Tokens are flattened to M.
-    The low-rank projection sees x as it is.
+    outputs, lifted by GELU_SHIFT, codes 0..15; "fp8": e4m3, one scale a token, for Hopper; "nvfp4": e2m1, an e4m3 scale
+    a token and 16 inputs, for consumer Blackwell. Tokens are flattened to M. The low-rank projection sees x as it is.
     Raises ArgumentError for a wrong shape, dtype, device or mode; BackendError if the backend cannot run here.
     """
     _check_tokens(x, packed)
@@ -110,23 +110,25 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
     `packed`; BackendError as above.
     """
     m, k, out_dtype = act.codes.shape[0], packed.k, out_dtype or packed.dtype
-    wanted = {"codes": ((m, k),), "scales": ((m,), (m, k // 64)), "low_rank": ((m, packed.rank),)}
-    fp8 = act.codes.dtype == torch.float8_e4m3fn
+    mode = {torch.float8_e4m3fn: "fp8", torch.uint8: "nvfp4"}.get(act.codes.dtype, "int8")
+    layout = act_layout(mode, k)
+    wanted = {name: [(m, *shape)] for name, (_, shape) in layout.items()} | {"low_rank": [(m, packed.rank)]}
+    if mode == "int8":
+        wanted["scales"].append((m, k // 64))  # of 4-bit codes, which travel as bytes too
     for name, shapes in wanted.items():
         tensor = getattr(act, name)
         if tuple(tensor.shape) not in shapes:
             raise ArgumentError(
                 f"act.{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}"
             )
-        dtype = torch.float32
-        if name == "codes":
-            dtype = torch.float8_e4m3fn if fp8 else torch.int8
-        elif name == "low_rank" and fp8 and tensor.dtype == torch.bfloat16:
+        dtype = layout[name][0] if name in layout else torch.float32
+        if name == "low_rank" and mode == "fp8" and tensor.dtype == torch.bfloat16:
             dtype = torch.bfloat16
         if tensor.dtype != dtype or tensor.device != packed.blob.device:
             raise ArgumentError(
                 f"act.{name}: expected {dtype} on {packed.blob.device}, got {tensor.dtype} on {tensor.device}"
             )
+    _check_mode(mode, packed.backend)
     if out_dtype not in _FLOATS:
         raise ArgumentError(f"out_dtype: expected bfloat16, float16 or float32, got {out_dtype}")
     return _linear(act.codes, act.scales, act.low_rank, packed.blob, packed.spec.key, out_dtype, gelu)
@@ -135,7 +137,7 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
 def svdq_linear(x: Tensor, packed: PackedLinear, mode: str, gelu: bool = False) -> Tensor:
     """x (..., K) of any strides -> y (..., N) in the dtype of x: quantize_act and linear in one call.
 
-    `gelu` applies GELU in its tanh form to the result; on sm90a before it is rounded, at no cost.
+    `gelu` applies GELU in its tanh form to the result; on sm90a and sm120a before it is rounded, at no cost.
 
     Raises ArgumentError and BackendError as quantize_act does.
     """

@@ -35,10 +35,12 @@ _CPU = ("amx", "avx512", "avx2", "scalar")
 # that keeps group scales for any number of tokens, and AMX on emulated tiles. Tests and comparisons use them.
 NAMES = (*_CPU, "reference", "avx512_without_bf16", "amx_grouped", "amx_emulated")
 # Compiled for CUDA devices. sm80 stands behind `reference` in the table, so that it runs only where ENGINE_BACKEND
-# names it, until it has passed its tests on such a device; sm90a passed on an H100 and on an H200.
-CUDA_NAMES = ("sm90a", "sm80")
-_CAPABILITY = {"sm90a": (9, 0), "sm80": (8, 0)}
-_FP8_MODES, _INTEGER_MODES = ("fp8",), ("int8", "int4", "uint4")
+# names it, until it has passed its tests on such a device; sm90a passed on an H100 and on an H200. sm120a stands there
+# too: it has never run.
+CUDA_NAMES = ("sm90a", "sm80", "sm120a")
+_CAPABILITY = {"sm90a": (9, 0), "sm80": (8, 0), "sm120a": (12, 0)}
+_MODES = {"sm90a": ("fp8",), "sm120a": ("nvfp4",)}
+_INTEGER_MODES = ("int8", "int4", "uint4")
 
 
 class BackendInfo(NamedTuple):
@@ -76,7 +78,7 @@ def cpu_kernels() -> ModuleType:
 
 def modes(backend: str) -> tuple[str, ...]:
     """Activation modes that the kernels of a compiled backend offer."""
-    return _FP8_MODES if backend == "sm90a" else _INTEGER_MODES
+    return _MODES.get(backend, _INTEGER_MODES)
 
 
 def cuda_kernels() -> ModuleType | None:
@@ -107,8 +109,8 @@ def table(device: torch.device | str) -> tuple[TableRow, ...]:
         known = {} if module is None else {name: (runs, why) for name, runs, why in module.instruction_sets()}
         rows = [TableRow(name, *known.get(name, (False, missing))) for name in _CPU]
         return (*rows, TableRow("reference", True, ""))
-    hopper, ampere = (_cuda_row(name, torch.device(device)) for name in CUDA_NAMES)
-    return (hopper, TableRow("reference", True, ""), ampere)
+    hopper, *forced = (_cuda_row(name, torch.device(device)) for name in CUDA_NAMES)
+    return (hopper, TableRow("reference", True, ""), *forced)
 
 
 def _cuda_row(name: str, device: torch.device) -> TableRow:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops import cpu, cuda, reference, sm80
+from engine.ops import cpu, cuda, reference, sm80, sm120a
 from engine.ops.layout import PackedAwq, PackedLinear, unpack, unpack_awq
 from engine.ops.reference import QuantizedAct
 from engine.ops.spec import Spec, parse
@@ -42,7 +42,7 @@ def _reference_linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: to
 
 def _compiled(spec: Spec) -> ModuleType:
     """The module that calls the kernels of a layer's backend."""
-    return {"sm90a": cuda, "sm80": sm80}.get(spec.backend, cpu)
+    return {"sm90a": cuda, "sm80": sm80, "sm120a": sm120a}.get(spec.backend, cpu)
 
 
 def _quantize_act(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,8 +66,8 @@ def _linear(
     codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype, gelu: bool = False
 ) -> Tensor:
     parsed, act = parse(spec), QuantizedAct(codes, scales, low_rank)
-    if parsed.backend == "sm90a":
-        return cuda.linear(act, blob, parsed, out_dtype, gelu)
+    if parsed.backend in ("sm90a", "sm120a"):  # whose kernels apply GELU
+        return _compiled(parsed).linear(act, blob, parsed, out_dtype, gelu)
     run = _reference_linear if parsed.backend == "reference" else _compiled(parsed).linear
     y = run(act, blob, parsed, out_dtype)
     return F.gelu(y, approximate="tanh") if gelu else y
@@ -75,8 +75,8 @@ def _linear(
 
 def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str, gelu: bool = False) -> Tensor:
     parsed = parse(spec)
-    if parsed.backend == "sm90a":
-        return cuda.svdq_linear(x, blob, parsed, mode, gelu)
+    if parsed.backend in ("sm90a", "sm120a"):
+        return _compiled(parsed).svdq_linear(x, blob, parsed, mode, gelu)
     if parsed.backend != "reference":
         y = _compiled(parsed).svdq_linear(x, blob, parsed, mode)
     else:
@@ -112,13 +112,9 @@ for _name, _run in (
 @torch.library.register_fake("nibble::quantize_act", lib=_library)
 def _(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor, Tensor, Tensor]:
     parsed = parse(spec)
-    m = x.numel() // parsed.k
-    scales = (m,) if mode in ("int8", "fp8") else (m, parsed.k // 64)
-    return (
-        x.new_empty((m, parsed.k), dtype=torch.float8_e4m3fn if mode == "fp8" else torch.int8),
-        x.new_empty(scales, dtype=torch.float32),
-        x.new_empty((m, parsed.rank), dtype=torch.float32),
-    )
+    m, k = x.numel() // parsed.k, parsed.k
+    codes, scales = (x.new_empty((m, *shape), dtype=dtype) for dtype, shape in reference.act_layout(mode, k).values())
+    return codes, scales, x.new_empty((m, parsed.rank), dtype=torch.float32)
 
 
 @torch.library.register_fake("nibble::norm_quantize", lib=_library)
