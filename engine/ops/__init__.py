@@ -110,7 +110,8 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
     `packed`; BackendError as above.
     """
     m, k, out_dtype = act.codes.shape[0], packed.k, out_dtype or packed.dtype
-    mode = {torch.float8_e4m3fn: "fp8", torch.uint8: "nvfp4"}.get(act.codes.dtype, "int8")
+    fp8 = torch.float8_e4m3fn
+    mode = "nvfp4" if act.scales.dtype == fp8 else "fp8" if act.codes.dtype == fp8 else "int8"
     layout = act_layout(mode, k)
     wanted = {name: [(m, *shape)] for name, (_, shape) in layout.items()} | {"low_rank": [(m, packed.rank)]}
     if mode == "int8":

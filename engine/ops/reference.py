@@ -112,7 +112,7 @@ def _e2m1(values: Tensor) -> Tensor:
 
 def token_values(act: QuantizedAct, compute: torch.dtype = torch.float32) -> Tensor:
     """What quantized tokens stand for, (M, K): codes times scales."""
-    if act.codes.dtype == torch.uint8:
+    if act.scales.dtype == torch.float8_e4m3fn:
         codes = torch.tensor(E2M1, dtype=compute, device=act.codes.device)[split_nibbles(act.codes).long()]
     else:
         codes = act.codes.to(compute)
