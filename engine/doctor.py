@@ -20,7 +20,7 @@ _ABOUT = {
     "avx2": "AVX2",
     "scalar": "compiled, without vector instructions",
     "sm90a": "Hopper (H100, H200), W4A8 with e4m3 tokens; W4A4 runs on sm80's kernels",
-    "sm80": "Ampere and later, W4A4 and W4A8 by integers; new, taken where ENGINE_BACKEND=sm80 says so",
+    "sm80": "Ampere and later, W4A4 and W4A8 by integers; taken after a self-check, since it was tested on Hopper only",
     "sm120a": "RTX 50, NVFP4 weights and tokens; compiled, never run, taken where ENGINE_BACKEND=sm120a says so",
     "reference": "plain torch: right everywhere, slow",
 }
@@ -66,10 +66,10 @@ def _device(device: Any, backends: Any) -> dict[str, Any]:
         }
     else:
         report["threads"] = torch.get_num_threads()
-    report["backends"] = [
-        {"name": row.name, "runs": row.runs, "why": row.why or _ABOUT.get(row.name, "")}
-        for row in backends.table(device)
-    ]
+    report["backends"] = []
+    for row in backends.table(device):
+        why = row.why or backends.objection(row.name, device)
+        report["backends"].append({"name": row.name, "runs": not why, "why": why or _ABOUT.get(row.name, "")})
     try:
         with warnings.catch_warnings():
             # Falling back to the reference warns whoever runs a model; here it is what the report is about.

@@ -86,7 +86,7 @@ class SVDQuantLinear(nn.Module):
         """x (..., K) -> (..., N), in the dtype of x; with `gelu`, GELU of that in its tanh form."""
         if self.branch_scale is None and self.bias_delta is None:
             return ops.svdq_linear(x, self.packed, self.mode, self.gelu)
-        return self.multiply(ops.quantize_act(x, self.packed, self.mode), x.dtype).view(*x.shape[:-1], -1)
+        return self.multiply(ops.quantize_act(x, self.packed, self.mode, pairs=True), x.dtype).view(*x.shape[:-1], -1)
 
     def multiply(self, act: ops.QuantizedAct, dtype: torch.dtype) -> Tensor:
         """What `forward` does after quantizing: tokens (M, K) of ops.quantize_act or norm_quantize -> y (M, N)."""

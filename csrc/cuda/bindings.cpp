@@ -119,19 +119,23 @@ Weight weight(const Parts& at_, const Sizes& sizes) {
 }
 
 Status quantize_act(const Parts& parts, const Sizes& sizes, uintptr_t x, int x_dtype, int64_t x_stride, int64_t m,
-                    int mode, uintptr_t codes, uintptr_t scales, uintptr_t low_rank, uintptr_t stream) {
+                    int mode, bool pairs, const std::array<uintptr_t, 3>& made, uintptr_t stream) {
   const Weight w = weight(parts, sizes);
-  return quantize_act_sm80({&w, at<const void>(x), m, x_stride, DType(x_dtype), ActMode(mode), at<int8_t>(codes),
-                            at<float>(scales), at<float>(low_rank)},
-                           at<void>(stream));
+  return quantize_act_sm80({&w, at<const void>(x), m, x_stride, DType(x_dtype), ActMode(mode), at<int8_t>(made[0]),
+                            at<float>(made[1]), at<float>(made[2])},
+                           pairs, at<void>(stream));
 }
 
-Status linear(const Parts& parts, const Sizes& sizes, uintptr_t codes, uintptr_t scales, uintptr_t low_rank, int64_t m,
-              int mode, uintptr_t y, int y_dtype, uintptr_t stream) {
+// a: addresses of codes, scales, low_rank, y; gate as of linear_fp8.
+Status linear(const Parts& parts, const Sizes& sizes, const std::array<uintptr_t, 4>& a, int64_t m, int mode,
+              bool pairs, int y_dtype, bool gelu, const Gate& gate, int form, uintptr_t stream) {
   const Weight w = weight(parts, sizes);
-  return linear_sm80({&w, at<const int8_t>(codes), at<const float>(scales), at<const float>(low_rank), m, ActMode(mode),
-                      at<void>(y), DType(y_dtype)},
-                     at<void>(stream));
+  LinearSm80 p{};
+  p.of = {&w, at<const int8_t>(a[0]), at<const float>(a[1]), at<const float>(a[2]),
+          m,  ActMode(mode),          at<void>(a[3]),        DType(y_dtype)};
+  p.pairs = pairs, p.gelu = gelu, p.form = ProductForm(form), p.tokens_per_sample = m;
+  if (gate) p.gate = at<const uint16_t>((*gate)[0]), p.gate_stride = (*gate)[1], p.tokens_per_sample = (*gate)[2];
+  return linear_sm80(p, at<void>(stream));
 }
 
 // parts: codes, scales, zeros, bias; sizes: n, k, type of scales and zeros.

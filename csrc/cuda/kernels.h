@@ -193,10 +193,26 @@ struct LinearFp4 {
   bool gelu;
 };
 
+// Which matrix units multiply pairs of 4-bit codes. Chosen: INT4's where there are any (8.x), INT8's elsewhere. Both
+// give the same bits.
+enum ProductForm { kChosenProduct, kEightBitProduct, kFourBitProduct };
+
+// Linear on a device. `pairs`: token codes are (M,K/2), two a byte in the order of Weight's, 4-bit two's complement, or
+// 0..15 where the mode is uint4. Without pairs, a mode of 4 bits has its codes as bytes.
+struct LinearSm80 {
+  Linear of;
+  bool pairs, gelu;  // gelu: y = gelu(y), tanh form, of y rounded to its type
+  // Where given, y += gate * (what else were y, rounded), as GatedAdd does it: gate (samples,N) bf16, rows gate_stride
+  // elements apart, one for each tokens_per_sample tokens; y is bf16.
+  const uint16_t* gate;
+  int64_t gate_stride, tokens_per_sample;
+  ProductForm form;
+};
+
 // Ampere and everything after it, on the layouts of ops.h ("panel16"): pointers there are device memory. Rows of x, and
-// of token codes, begin on 16-byte borders.
-Status quantize_act_sm80(const QuantizeAct&, void* stream);
-Status linear_sm80(const Linear&, void* stream);
+// of token codes, begin on 16-byte borders. `pairs`: quantize_act writes 4-bit codes as LinearSm80 reads them.
+Status quantize_act_sm80(const QuantizeAct&, bool pairs, void* stream);
+Status linear_sm80(const LinearSm80&, void* stream);
 Status awq_linear_sm80(const AwqLinear&, void* stream);
 Status gated_add_sm80(const GatedAdd&, void* stream);
 Status rotate_heads_sm80(const RotateHeads&, void* stream);

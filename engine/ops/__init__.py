@@ -67,17 +67,19 @@ _add_linear = torch.ops.nibble.add_linear_.default
 _awq_linear = torch.ops.nibble.awq_linear.default
 
 
-def quantize_act(x: Tensor, packed: PackedLinear, mode: str) -> QuantizedAct:
+def quantize_act(x: Tensor, packed: PackedLinear, mode: str, pairs: bool = False) -> QuantizedAct:
     """Smooth and quantize tokens, and take their low-rank projection, in one pass over x (..., K) of any strides.
 
     mode "int8": one scale a token; "int4": one a token and 64 inputs, codes -8..7; "uint4": the same for GELU
     outputs, lifted by GELU_SHIFT, codes 0..15; "fp8": e4m3, one scale a token, for Hopper; "nvfp4": e2m1, an e4m3 scale
     a token and 16 inputs, for consumer Blackwell. Tokens are flattened to M. The low-rank projection sees x as it is.
+    `pairs` lets a backend that multiplies such (sm80) give 4-bit codes two a byte, for `linear` alone
+    (engine/ops/sm80.py).
     Raises ArgumentError for a wrong shape, dtype, device or mode; BackendError if the backend cannot run here.
     """
     _check_tokens(x, packed)
     _check_mode(mode, packed.backend)
-    return QuantizedAct(*_quantize_act(x, packed.blob, packed.spec.key, mode))
+    return QuantizedAct(*_quantize_act(x, packed.blob, packed.spec.key, mode, pairs))
 
 
 def norm_quantize(
@@ -116,6 +118,8 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
     wanted = {name: [(m, *shape)] for name, (_, shape) in layout.items()} | {"low_rank": [(m, packed.rank)]}
     if mode == "int8":
         wanted["scales"].append((m, k // 64))  # of 4-bit codes, which travel as bytes too
+        if packed.backend == "sm80" and act.scales.dim() == 2:  # two a byte
+            wanted["codes"].append((m, k // 2))
     for name, shapes in wanted.items():
         tensor = getattr(act, name)
         if tuple(tensor.shape) not in shapes:
@@ -123,6 +127,8 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
                 f"act.{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}"
             )
         dtype = layout[name][0] if name in layout else torch.float32
+        if name == "codes" and mode == "int8" and tensor.dtype == torch.uint8 and tensor.shape[1] != k:
+            dtype = torch.uint8
         if name == "low_rank" and mode == "fp8" and tensor.dtype == torch.bfloat16:
             dtype = torch.bfloat16
         if tensor.dtype != dtype or tensor.device != packed.blob.device:
@@ -138,7 +144,8 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
 def svdq_linear(x: Tensor, packed: PackedLinear, mode: str, gelu: bool = False) -> Tensor:
     """x (..., K) of any strides -> y (..., N) in the dtype of x: quantize_act and linear in one call.
 
-    `gelu` applies GELU in its tanh form to the result; on sm90a and sm120a before it is rounded, at no cost.
+    `gelu` applies GELU in its tanh form to the result, without a pass of its own on sm90a and sm120a (before the result
+    is rounded) and on sm80.
 
     Raises ArgumentError and BackendError as quantize_act does.
     """
@@ -150,8 +157,8 @@ def svdq_linear(x: Tensor, packed: PackedLinear, mode: str, gelu: bool = False) 
 def add_linear_(x: Tensor, gate: Tensor, y: Tensor, packed: PackedLinear, mode: str) -> None:
     """x += gate * svdq_linear(y, packed, mode) in place: x (B, T, N), gate (B, N), y (B, T, K).
 
-    On sm90a the product is added where it is written, without a pass of its own. Raises ArgumentError and BackendError
-    as quantize_act does.
+    On sm90a and sm80 the product is added where it is written, without a pass of its own. Raises ArgumentError and
+    BackendError as quantize_act does.
     """
     _check_tokens(y, packed)
     _check_mode(mode, packed.backend)

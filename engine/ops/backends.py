@@ -1,6 +1,7 @@
 """Which kernels run here: one ordered table a device, best first, and the choice.
 
-The only file that imports engine.kernels. The choice is made once a device and kept; ENGINE_BACKEND forces one.
+The only file that imports engine.kernels. The choice is made once a device and kept; ENGINE_BACKEND forces one. What
+was not tested on a device's kind is asked to check itself there first (engine/ops/self_check.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = [
     "cuda_kernels",
     "isa_index",
     "modes",
+    "objection",
     "select",
     "table",
 ]
@@ -34,9 +36,9 @@ _CPU = ("amx", "avx512", "avx2", "scalar")
 # Three more can be packed for but are never chosen: AVX-512 as it runs on processors without its BF16 instructions, AMX
 # that keeps group scales for any number of tokens, and AMX on emulated tiles. Tests and comparisons use them.
 NAMES = (*_CPU, "reference", "avx512_without_bf16", "amx_grouped", "amx_emulated")
-# Compiled for CUDA devices. sm80 stands behind `reference` in the table, so that it runs only where ENGINE_BACKEND
-# names it, until it has passed its tests on such a device; sm90a passed on an H100 and on an H200. sm120a stands there
-# too: it has never run.
+# Compiled for CUDA devices, best first. The first two passed their tests on Hopper; sm80 has not run on any other card,
+# so there it is taken once it has passed its self-check. sm120a has never run: it stands behind `reference` in the
+# table, and is taken only where ENGINE_BACKEND names it.
 CUDA_NAMES = ("sm90a", "sm80", "sm120a")
 _CAPABILITY = {"sm90a": (9, 0), "sm80": (8, 0), "sm120a": (12, 0)}
 _MODES = {"sm90a": ("fp8",), "sm120a": ("nvfp4",)}
@@ -109,8 +111,8 @@ def table(device: torch.device | str) -> tuple[TableRow, ...]:
         known = {} if module is None else {name: (runs, why) for name, runs, why in module.instruction_sets()}
         rows = [TableRow(name, *known.get(name, (False, missing))) for name in _CPU]
         return (*rows, TableRow("reference", True, ""))
-    hopper, *forced = (_cuda_row(name, torch.device(device)) for name in CUDA_NAMES)
-    return (hopper, TableRow("reference", True, ""), *forced)
+    *tested, forced = (_cuda_row(name, torch.device(device)) for name in CUDA_NAMES)
+    return (*tested, TableRow("reference", True, ""), forced)
 
 
 def _cuda_row(name: str, device: torch.device) -> TableRow:
@@ -131,7 +133,7 @@ def available(device: torch.device | str) -> tuple[BackendInfo, ...]:
 
 
 def select(device: torch.device | str) -> BackendInfo:
-    """The backend for `device`: the first that runs, or the one ENGINE_BACKEND names.
+    """The backend for `device`: the first that runs and has no `objection`, or the one ENGINE_BACKEND names, unchecked.
 
     Raises BackendError if the named one is unknown or cannot run here. Warns once when only `reference` is left.
     """
@@ -149,10 +151,35 @@ def _select(device: torch.device, forced: str) -> BackendInfo:
         if not row.runs:
             raise BackendError(f"ENGINE_BACKEND={forced} cannot run on {device}: {row.why}")
         return BackendInfo(forced, device, "forced by ENGINE_BACKEND")
-    best = next(row for row in rows if row.runs)
-    passed = "; ".join(f"{row.name}: {row.why}" for row in rows[: rows.index(best)])
+    best, passed = rows[-1], []
+    for row in rows:
+        if not (why := row.why or objection(row.name, device)):
+            best = row
+            break
+        passed.append(f"{row.name}: {why}")
     if best.name == "reference":
-        why = passed or f"there are no compiled kernels for {device.type} yet"
+        why = "; ".join(passed) or f"there are no compiled kernels for {device.type} yet"
         warnings.warn(f"running on the slow reference backend ({why})", RuntimeWarning, stacklevel=3)
         return BackendInfo("reference", device, why)
-    return BackendInfo(best.name, device, f"the best that runs here ({passed})" if passed else "the best there is")
+    return BackendInfo(
+        best.name, device, f"the best that runs here ({'; '.join(passed)})" if passed else "the best there is"
+    )
+
+
+def objection(name: str, device: torch.device) -> str:
+    """Why a backend that could run on `device` is not taken there unless it is named: sm80 failed its self-check.
+
+    Raises BackendError where that has not run yet and a CUDA graph is being recorded.
+    """
+    if name != "sm80":
+        return ""
+    return _check_sm80(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache(maxsize=64)
+def _check_sm80(index: int) -> str:
+    from engine.ops.self_check import failure  # it calls the ops, which need this module
+
+    if torch.cuda.is_current_stream_capturing():
+        raise BackendError(f"the backend of cuda:{index} is chosen before a CUDA graph is recorded, not meanwhile")
+    return failure(torch.device("cuda", index), "sm80")

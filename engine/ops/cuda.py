@@ -208,11 +208,12 @@ def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str, gelu: bool = Fal
 
 
 def can_add(x: Tensor, gate: Tensor, spec: Spec) -> bool:
-    """Whether add_linear_ takes x and gate: a tile of tokens must have one sample's gates."""
-    if spec.backend != "sm90a":
+    """Whether add_linear_, here or in sm80.py, takes x and gate: on Hopper a tile of tokens has one sample's gates."""
+    if spec.backend not in ("sm90a", "sm80"):
         return False
     whole = x.dtype == gate.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[2] % 8 == 0
-    return whole and gate.stride(1) == 1 and (x.shape[0] == 1 or x.shape[1] % 128 == 0)
+    fits = spec.backend == "sm80" or x.shape[0] == 1 or x.shape[1] % 128 == 0
+    return whole and fits and gate.stride(1) == 1
 
 
 def add_linear_(x: Tensor, gate: Tensor, y: Tensor, blob: Tensor, spec: Spec, mode: str) -> None:

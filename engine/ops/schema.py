@@ -18,7 +18,7 @@ from engine.ops.reference import QuantizedAct
 from engine.ops.spec import Spec, parse
 
 _library = torch.library.Library("nibble", "DEF")
-_library.define("quantize_act(Tensor x, Tensor blob, str spec, str mode) -> (Tensor, Tensor, Tensor)")
+_library.define("quantize_act(Tensor x, Tensor blob, str spec, str mode, bool pairs=False) -> (Tensor, Tensor, Tensor)")
 _library.define(
     "linear(Tensor codes, Tensor scales, Tensor low_rank, Tensor blob, str spec, ScalarType out_dtype, bool gelu=False)"
     " -> Tensor"
@@ -45,8 +45,10 @@ def _compiled(spec: Spec) -> ModuleType:
     return {"sm90a": cuda, "sm80": sm80, "sm120a": sm120a}.get(spec.backend, cpu)
 
 
-def _quantize_act(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_act(x: Tensor, blob: Tensor, spec: str, mode: str, pairs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     parsed = parse(spec)
+    if parsed.backend == "sm80":
+        return tuple(sm80.quantize_act(x, blob, parsed, mode, pairs))
     run = _reference_quantize if parsed.backend == "reference" else _compiled(parsed).quantize_act
     codes, scales, low_rank = run(x, blob, parsed, mode)
     return codes, scales, low_rank
@@ -66,7 +68,7 @@ def _linear(
     codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype, gelu: bool = False
 ) -> Tensor:
     parsed, act = parse(spec), QuantizedAct(codes, scales, low_rank)
-    if parsed.backend in ("sm90a", "sm120a"):  # whose kernels apply GELU
+    if parsed.backend in ("sm90a", "sm80", "sm120a"):  # whose kernels apply GELU
         return _compiled(parsed).linear(act, blob, parsed, out_dtype, gelu)
     run = _reference_linear if parsed.backend == "reference" else _compiled(parsed).linear
     y = run(act, blob, parsed, out_dtype)
@@ -75,7 +77,7 @@ def _linear(
 
 def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str, gelu: bool = False) -> Tensor:
     parsed = parse(spec)
-    if parsed.backend in ("sm90a", "sm120a"):
+    if parsed.backend in ("sm90a", "sm80", "sm120a"):
         return _compiled(parsed).svdq_linear(x, blob, parsed, mode, gelu)
     if parsed.backend != "reference":
         y = _compiled(parsed).svdq_linear(x, blob, parsed, mode)
@@ -88,7 +90,7 @@ def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str, gelu: bool = Fal
 def _add_linear(x: Tensor, gate: Tensor, y: Tensor, blob: Tensor, spec: str, mode: str) -> None:
     parsed = parse(spec)
     if cuda.can_add(x, gate, parsed):
-        cuda.add_linear_(x, gate, y, blob, parsed, mode)
+        _compiled(parsed).add_linear_(x, gate, y, blob, parsed, mode)
     else:
         x.copy_(torch.ops.nibble.gated_add.default(x, gate, _svdq_linear(y, blob, spec, mode)))
 
@@ -110,10 +112,13 @@ for _name, _run in (
 
 
 @torch.library.register_fake("nibble::quantize_act", lib=_library)
-def _(x: Tensor, blob: Tensor, spec: str, mode: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, blob: Tensor, spec: str, mode: str, pairs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     parsed = parse(spec)
     m, k = x.numel() // parsed.k, parsed.k
-    codes, scales = (x.new_empty((m, *shape), dtype=dtype) for dtype, shape in reference.act_layout(mode, k).values())
+    layout = reference.act_layout(mode, k)
+    if pairs and parsed.backend == "sm80" and mode in ("int4", "uint4"):
+        layout["codes"] = (torch.uint8 if mode == "uint4" else torch.int8, (k // 2,))
+    codes, scales = (x.new_empty((m, *shape), dtype=dtype) for dtype, shape in layout.values())
     return codes, scales, x.new_empty((m, parsed.rank), dtype=torch.float32)
 
 

@@ -1,6 +1,8 @@
 """Calls the CUDA kernels for Ampere and everything after it: W4A4 and W4A8 by integers, and the weight-only linear.
 
-They read the layout of the CPU kernels ("panel16"), and give the CPU's codes and scales bit for bit.
+They read the layout of the CPU kernels ("panel16"), and give the CPU's codes and scales bit for bit. Between
+quantize_act and linear 4-bit codes travel in pairs, two a byte as the weights' do: codes (M, K/2) int8, or uint8 where
+the mode is "uint4".
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from engine.ops.layout import PackedAwq, unpack_awq
 from engine.ops.reference import QuantizedAct
 from engine.ops.spec import Spec, parse
 
-__all__ = ["awq_linear", "linear", "quantize_act", "svdq_linear"]
+__all__ = ["add_linear_", "awq_linear", "linear", "quantize_act", "svdq_linear"]
 
 # The weight-only kernel widens weights anew for every eight tokens.
 DENSE_FROM = 128
@@ -49,39 +51,62 @@ def _rows(x: Tensor) -> Tensor:
     return rows if aligned else rows.clone(memory_format=torch.contiguous_format)
 
 
-def quantize_act(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> QuantizedAct:
-    """x (..., K) -> codes (M, K) int8, scales (M) or (M, K/64), low_rank (M, R) fp32."""
+def quantize_act(x: Tensor, blob: Tensor, spec: Spec, mode: str, pairs: bool = False) -> QuantizedAct:
+    """x (..., K) -> codes (M, K) int8, scales (M) or (M, K/64), low_rank (M, R) fp32; with `pairs`, 4-bit codes so."""
     rows, where = _rows(x), x.device
     m, (offsets, sizes) = rows.shape[0], _layer(spec.key)
-    codes = torch.empty((m, spec.k), dtype=torch.int8, device=where)
+    pairs = pairs and mode != "int8"
+    codes = torch.empty(
+        (m, spec.k // 2 if pairs else spec.k),
+        dtype=torch.uint8 if pairs and mode == "uint4" else torch.int8, device=where,
+    )  # fmt: skip
     scales = torch.empty(m if mode == "int8" else (m, spec.k // 64), dtype=torch.float32, device=where)
     low_rank = torch.empty((m, spec.rank), dtype=torch.float32, device=where)
     with torch.cuda.device(where):
         check(kernels().quantize_act_sm80(
             _addresses(blob, offsets), sizes, rows.data_ptr(), DTYPES[rows.dtype], rows.stride(0), m, MODES[mode],
-            codes.data_ptr(), scales.data_ptr(), low_rank.data_ptr(), torch.cuda.current_stream().cuda_stream,
+            pairs, (codes.data_ptr(), scales.data_ptr(), low_rank.data_ptr()), torch.cuda.current_stream().cuda_stream,
         ))  # fmt: skip
     return QuantizedAct(codes, scales, low_rank)
 
 
-def linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: torch.dtype) -> Tensor:
+def linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: torch.dtype, gelu: bool = False) -> Tensor:
     """Quantized tokens -> y (M, N)."""
-    codes, scales, low_rank = (_rows(t) if t is act.codes else t.contiguous() for t in act)
-    m, (offsets, sizes) = codes.shape[0], _layer(spec.key)
-    codes = codes.contiguous()
-    y = torch.empty((m, spec.n), dtype=out_dtype, device=codes.device)
-    with torch.cuda.device(codes.device):
-        check(kernels().linear_sm80(
-            _addresses(blob, offsets), sizes, codes.data_ptr(), scales.data_ptr(), low_rank.data_ptr(), m,
-            MODES["int8" if scales.dim() == 1 else "int4"], y.data_ptr(), DTYPES[out_dtype],
-            torch.cuda.current_stream().cuda_stream,
-        ))  # fmt: skip
+    y = torch.empty((act.codes.shape[0], spec.n), dtype=out_dtype, device=blob.device)
+    _multiply(act, blob, spec, y, gelu=gelu)
     return y
 
 
-def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str) -> Tensor:
-    """x (..., K) -> y (..., N) in the dtype of x."""
-    return linear(quantize_act(x, blob, spec, mode), blob, spec, x.dtype).view(*x.shape[:-1], spec.n)
+def _multiply(
+    act: QuantizedAct, blob: Tensor, spec: Spec, y: Tensor, *, gelu: bool = False, gate: Tensor | None = None,
+    form: int = 0,
+) -> None:  # fmt: skip
+    """y (M, N) <- the product; with a gate (B, N), y (B, T, N) += gate * product.
+
+    `form` is a ProductForm of csrc/cuda/kernels.h; 0 chooses.
+    """
+    codes, scales, low_rank = (t.contiguous() for t in act)
+    codes = codes if codes.data_ptr() % 16 == 0 else codes.clone()
+    m, (offsets, sizes) = codes.shape[0], _layer(spec.key)
+    mode = "int8" if scales.dim() == 1 else "uint4" if codes.dtype == torch.uint8 else "int4"
+    gates = None if gate is None else (gate.data_ptr(), gate.stride(0), y.shape[1])
+    with torch.cuda.device(codes.device):
+        check(kernels().linear_sm80(
+            _addresses(blob, offsets), sizes, (codes.data_ptr(), scales.data_ptr(), low_rank.data_ptr(), y.data_ptr()),
+            m, MODES[mode], codes.shape[1] != spec.k, DTYPES[y.dtype], gelu, gates, form,
+            torch.cuda.current_stream().cuda_stream,
+        ))  # fmt: skip
+
+
+def svdq_linear(x: Tensor, blob: Tensor, spec: Spec, mode: str, gelu: bool = False) -> Tensor:
+    """x (..., K) -> y (..., N) in the dtype of x: quantize_act, linear and, if wanted, GELU of y in its tanh form."""
+    act = quantize_act(x, blob, spec, mode, pairs=True)
+    return linear(act, blob, spec, x.dtype, gelu).view(*x.shape[:-1], spec.n)
+
+
+def add_linear_(x: Tensor, gate: Tensor, y: Tensor, blob: Tensor, spec: Spec, mode: str) -> None:
+    """x (B, T, N) += gate (B, N) * linear(y (B, T, K)), both bfloat16; the product is rounded, then the sum."""
+    _multiply(quantize_act(y, blob, spec, mode, pairs=True), blob, spec, x, gate=gate)
 
 
 def awq_linear(x: Tensor, blob: Tensor, spec: Spec) -> Tensor:

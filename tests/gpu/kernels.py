@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.ops import cuda
+from engine.ops import cuda, sm80
 from tests.ops.cases import Case, random_awq, random_linear, tokens
 from tests.ops.test_wgmma64 import without_minus_eight
 
@@ -61,8 +61,13 @@ def other_cards() -> None:
     """What serves every card from Ampere on."""
     case = Case(70, 100, 192, 16)
     packed = ops.pack(ops.CanonicalLinear(**on_device(random_linear(case))), "sm80")
+    x = tokens(case, torch.bfloat16).cuda()
     for mode in ("int8", "int4", "uint4"):
-        ops.svdq_linear(tokens(case, torch.bfloat16).cuda(), packed, mode)
+        ops.linear(ops.quantize_act(x, packed, mode), packed, gelu=True)
+        act = ops.quantize_act(x, packed, mode, pairs=True)
+        for form in (1, 2):
+            stream = torch.zeros(1, case.m, case.n, dtype=torch.bfloat16).cuda()
+            sm80._multiply(act, packed.blob, packed.spec, stream, gate=stream[:, 0].clone(), form=form)
     awq = ops.AwqWeight(**on_device(random_awq(Case(3, 70, 192, 0))))
     ops.awq_linear(tokens(Case(3, 70, 192, 0), torch.bfloat16).cuda(), ops.pack_awq(awq, "sm80"))
 

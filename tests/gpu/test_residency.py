@@ -46,7 +46,10 @@ def test_the_same_picture_within_the_budget(plan: str, activation: str):
     least = max(*others, transformer * 3 // 4) if plan == "block by block" else max(transformer, *others)
     budget = {"offload": True} if plan == "one at a time" else {"vram_budget": RESERVE + least / GIB}
     engine = Engine.load("tiny", "int4", device="cuda", activation=activation, **budget)
-    assert engine.backend == ("sm90a" if activation == "w4a8" else "sm80") or torch.cuda.get_device_capability() != (9, 0)
+    assert engine.backend == ("sm90a" if activation == "w4a8" else "sm80") or torch.cuda.get_device_capability() != (
+        9,
+        0,
+    )
     found = [painted(engine, seed) for seed in (7, 8, 7)]
     (room,) = _rooms.values()
     assert 0 < room.most <= least

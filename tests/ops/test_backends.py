@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from engine import ops
+from engine import doctor, ops
 from engine.errors import BackendError
-from engine.ops import backends
+from engine.ops import backends, self_check
 from tests.ops.cases import Case, random_linear
 
 
@@ -20,7 +21,7 @@ from tests.ops.cases import Case, random_linear
 def fresh(monkeypatch: pytest.MonkeyPatch):
     """Forget choices made before, and after."""
     monkeypatch.delenv("ENGINE_BACKEND", raising=False)
-    caches = (backends._load_cpu, backends._select, backends.isa_index)
+    caches = (backends._load_cpu, backends._select, backends._check_sm80, backends.isa_index)
     for cache in caches:
         cache.cache_clear()
     yield monkeypatch
@@ -86,6 +87,88 @@ def test_without_the_compiled_module_the_reference_runs_and_warns_once(fresh):
     assert ops.svdq_linear(torch.ones(1, 64), packed, "int8").isfinite().all()
     with pytest.raises(BackendError, match="pip install -e"):
         backends.cpu_kernels()
+
+
+@pytest.fixture
+def card(fresh):
+    """A device that torch knows nothing of here: one of Ada's, unless a test says otherwise."""
+    fresh.setattr(backends, "cuda_kernels", lambda: sys)
+    fresh.setattr(torch.cuda, "is_available", lambda: True)
+    fresh.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    fresh.setattr(torch.cuda, "current_device", lambda: 0)
+    fresh.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return fresh
+
+
+def test_other_cards_take_sm80_after_one_check_each(card):
+    asked: list[str] = []
+    card.setattr(self_check, "failure", lambda device, backend: asked.append(f"{backend} on {device}") or "")
+    assert [row.name for row in backends.table("cuda:0")] == ["sm90a", "sm80", "reference", "sm120a"]
+    assert {backends.select(device).name for device in ("cuda:0", "cuda", "cuda:0")} == {"sm80"}
+    assert backends.select("cuda:1").name == "sm80"
+    assert asked == ["sm80 on cuda:0", "sm80 on cuda:1"]
+
+
+def test_a_failed_check_leaves_the_reference_with_one_warning(card):
+    card.setattr(self_check, "failure", lambda device, backend: "its self-check gave wrong results (int4)")
+    with pytest.warns(
+        RuntimeWarning, match=r"slow reference backend \(.*; sm80: its self-check gave wrong .*\)"
+    ) as seen:
+        assert backends.select("cuda:0").name == "reference"
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.select("cuda:0").name == "reference"
+    card.setenv("ENGINE_BACKEND", "sm80")
+    assert backends.select("cuda:0").name == "sm80"
+
+
+def test_hopper_and_what_is_older_are_not_checked(card):
+    card.setattr(self_check, "failure", lambda device, backend: pytest.fail("was checked"))
+    card.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert backends.select("cuda:0").name == "sm90a"
+    card.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.warns(RuntimeWarning, match=r"made for compute capability 8\.0, this device has 7\.5"):
+        assert backends.select("cuda:1").name == "reference"
+
+
+def test_no_check_while_a_graph_is_recorded(card):
+    card.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(BackendError, match="cuda:0 is chosen before a CUDA graph is recorded"):
+        backends.select("cuda:0")
+    card.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    card.setattr(self_check, "failure", lambda device, backend: "")
+    assert backends.select("cuda:0").name == "sm80"
+
+
+def test_the_doctor_tells_of_a_failed_check(card):
+    card.setattr(self_check, "failure", lambda device, backend: "its self-check gave wrong results (int4)")
+    card.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    card.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 << 30))
+    report = doctor._device(torch.device("cuda", 0), backends)
+    rows = {row["name"]: row for row in report["backends"]}
+    assert report["chosen"] == "reference"
+    assert not rows["sm80"]["runs"]
+    assert "wrong results" in rows["sm80"]["why"]
+
+
+def test_the_self_check_passes_where_kernels_are_right():
+    assert self_check.failure(torch.device("cpu"), "scalar") == ""
+
+
+def test_the_self_check_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch):
+    right = ops.svdq_linear
+    monkeypatch.setattr(ops, "svdq_linear", lambda x, packed, mode: right(x, packed, mode).roll(int(mode == "int4"), 1))
+    assert self_check.failure(torch.device("cpu"), "scalar") == "its self-check gave wrong results (int4)"
+    monkeypatch.setattr(ops, "awq_linear", lambda x, packed: torch.full((5, packed.n), torch.nan))
+    assert self_check.failure(torch.device("cpu"), "scalar").endswith("(int4, weight-only)")
+
+    def fails(x: torch.Tensor, packed: ops.PackedLinear, mode: str) -> torch.Tensor:
+        raise BackendError("a CUDA kernel could not run: no kernel image is available\nand more")
+
+    monkeypatch.setattr(ops, "svdq_linear", fails)
+    said = self_check.failure(torch.device("cpu"), "scalar")
+    assert said == "its self-check could not run (a CUDA kernel could not run: no kernel image is available)"
 
 
 def test_importing_touches_no_gpu_and_warns_of_nothing():

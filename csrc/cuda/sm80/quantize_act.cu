@@ -62,18 +62,25 @@ __device__ inline float scale_of(uint32_t bits, const Range4& range, float& by) 
   return largest < kTinyMax ? 0.0f : __fmul_rn(largest, range.unit);
 }
 
-__device__ inline void write_codes(int8_t* to, const float (&t)[8], float by, const Range4& range) {
-  alignas(8) int8_t codes[8];
+// Eight codes from `at` on: as bytes, or as a word whose low nibbles are the first four and whose high ones the others.
+__device__ inline void write_codes(int8_t* to, int64_t at, bool pairs, const float (&t)[8], float by,
+                                   const Range4& range) {
+  uint32_t words[2] = {};
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const int code = __float2int_rn(__fmul_rn(t[j], by));  // NaN gives 0
-    codes[j] = static_cast<int8_t>(max(range.lowest, min(code, static_cast<int>(range.levels))));
+    words[j / 4] |= (max(range.lowest, min(code, static_cast<int>(range.levels))) & 0xff) << j % 4 * 8;
   }
-  *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(codes);
+  if (pairs) {
+    *reinterpret_cast<uint32_t*>(to + at / 2) = (words[0] & 0x0f0f0f0fu) | (words[1] & 0x0f0f0f0fu) << 4;
+  } else {
+    *reinterpret_cast<uint2*>(to + at) = {words[0], words[1]};
+  }
 }
 
 template <class T>
-__device__ inline void quantize_token(const QuantizeAct& p, const Weight& w, const T* row, int64_t m, int lane) {
+__device__ inline void quantize_token(const QuantizeAct& p, const Weight& w, bool pairs, const T* row, int64_t m,
+                                      int lane) {
   const Range4 range = range_of(p.mode);
   float t[8], by = 0.0f;
   uint32_t largest = 0;
@@ -97,7 +104,7 @@ __device__ inline void quantize_token(const QuantizeAct& p, const Weight& w, con
       const float scale = scale_of(largest, range, by);
       if (real && lane % 8 == 0) p.scales[m * (w.k / kGroup) + i / kGroup] = scale;
     }
-    if (real) write_codes(p.codes + m * w.k + i, t, by, range);
+    if (real) write_codes(p.codes, m * w.k + i, pairs, t, by, range);
   }
 }
 
@@ -163,11 +170,11 @@ __device__ inline void project_plainly(const QuantizeAct& p, const Weight& w, in
 }
 
 template <class T, bool kSameType>
-__global__ void __launch_bounds__(kThreads) quantize_act_kernel(const QuantizeAct p, const Weight w) {
+__global__ void __launch_bounds__(kThreads) quantize_act_kernel(const QuantizeAct p, const Weight w, bool pairs) {
   const int64_t token = int64_t{blockIdx.x} * kTokens;
   for (int t = threadIdx.x / 32; t < kTokens; t += kWarps) {
     const int64_t m = token + t;
-    if (m < p.m) quantize_token(p, w, static_cast<const T*>(p.x) + m * p.x_stride, m, threadIdx.x % 32);
+    if (m < p.m) quantize_token(p, w, pairs, static_cast<const T*>(p.x) + m * p.x_stride, m, threadIdx.x % 32);
   }
   if constexpr (kSameType) {
     __shared__ Partials partial;
@@ -178,29 +185,29 @@ __global__ void __launch_bounds__(kThreads) quantize_act_kernel(const QuantizeAc
 }
 
 template <class T>
-void launch(const QuantizeAct& p, const Weight& w, cudaStream_t stream) {
+void launch(const QuantizeAct& p, bool pairs, const Weight& w, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((p.m + kTokens - 1) / kTokens);
   if constexpr (sizeof(T) == 2) {
     if (p.x_dtype == w.low_rank_dtype) {
-      quantize_act_kernel<T, true><<<blocks, kThreads, 0, stream>>>(p, w);
+      quantize_act_kernel<T, true><<<blocks, kThreads, 0, stream>>>(p, w, pairs);
       return;
     }
   }
-  quantize_act_kernel<T, false><<<blocks, kThreads, 0, stream>>>(p, w);
+  quantize_act_kernel<T, false><<<blocks, kThreads, 0, stream>>>(p, w, pairs);
 }
 
 }  // namespace
 }  // namespace sm80
 
-Status quantize_act_sm80(const QuantizeAct& p, void* stream) {
+Status quantize_act_sm80(const QuantizeAct& p, bool pairs, void* stream) {
   if (!p.m) return nullptr;
   const auto at = static_cast<cudaStream_t>(stream);
   if (p.x_dtype == DType::bf16) {
-    sm80::launch<__nv_bfloat16>(p, *p.w, at);
+    sm80::launch<__nv_bfloat16>(p, pairs, *p.w, at);
   } else if (p.x_dtype == DType::fp16) {
-    sm80::launch<__half>(p, *p.w, at);
+    sm80::launch<__half>(p, pairs, *p.w, at);
   } else {
-    sm80::launch<float>(p, *p.w, at);
+    sm80::launch<float>(p, pairs, *p.w, at);
   }
   return sm80::launched();
 }
