@@ -21,6 +21,7 @@ _ABOUT = {
     "scalar": "compiled, without vector instructions",
     "sm90a": "Hopper (H100, H200), W4A8 with e4m3 tokens; W4A4 runs on sm80's kernels",
     "sm80": "Ampere and later, W4A4 and W4A8 by integers; taken after a self-check, since it was tested on Hopper only",
+    "sm120a": "RTX 50, NVFP4 weights and tokens; compiled, never run, taken where ENGINE_BACKEND=sm120a says so",
     "reference": "plain torch: right everywhere, slow",
 }
 _PACKAGES = ("torch", "diffusers", "transformers", "gradio", "safetensors")

@@ -20,12 +20,12 @@ ACTIVATIONS: tuple[Activation, ...] = ("w4a4", "w4a8")
 
 
 def resolve_activation(activation: str, device: torch.device) -> Activation:
-    """Turn "auto" into the fastest the device has: 8-bit activations on every device that has kernels here.
+    """Turn "auto" into the fastest the device has: 8-bit activations, but 4-bit ones where sm120a was asked for.
 
     Raises ArgumentError for an unknown name.
     """
     if activation == "auto":
-        return "w4a8"
+        return "w4a4" if ops.backends.select(device).name == "sm120a" else "w4a8"
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"activation: expected auto, {' or '.join(ACTIVATIONS)}, got {activation!r}")
     return activation  # pyright: ignore[reportReturnType]
@@ -53,6 +53,7 @@ class SVDQuantLinear(nn.Module):
         self.activation = activation
         self.dtype = dtype
         self.unsigned_input = unsigned_input
+        self.kind = linear.kind
         self.mode, self._wanted = self._mode_on(backend)
         if self.mode == "uint4":
             linear = fold_gelu_shift(linear)
@@ -68,8 +69,13 @@ class SVDQuantLinear(nn.Module):
     def _mode_on(self, backend: str) -> tuple[str, str]:
         """The activation mode, and the backend that offers it: `backend`, or another where it does not.
 
-        Hopper's own kernels know 8-bit tokens alone; Ampere's, which run there too, have 4-bit ones.
+        Hopper's own kernels know 8-bit tokens alone; Ampere's, which run there too, have 4-bit ones. NVFP4 weights in
+        W4A4 have NVFP4 tokens, GELU outputs too, as published; INT4 weights on sm120a take Ampere's kernels.
         """
+        if self.kind == "nvfp4" and self.activation == "w4a4":
+            return "nvfp4", (backend if backend == "sm120a" else "reference")
+        if backend == "sm120a":
+            backend = "reference" if self.kind == "nvfp4" else "sm80"
         modes = ops.backends.modes(backend)
         if self.activation == "w4a8":
             return ("int8" if "int8" in modes else "fp8"), backend

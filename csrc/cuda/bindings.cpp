@@ -166,6 +166,43 @@ Status awq_linears(const std::vector<std::array<int64_t, 7>>& layers, const std:
   return nullptr;
 }
 
+// A layer of NVFP4 weights: addresses of codes, scales, up, down, inv_smooth, bias, factor; n, k, rank, the type of its
+// low-rank factors.
+using PartsFp4 = std::array<uintptr_t, 7>;
+using SizesFp4 = std::array<int64_t, 4>;
+
+WeightFp4 weight_fp4(const PartsFp4& a, const SizesFp4& sizes) {
+  return {at<const uint8_t>(a[0]),
+          at<const uint8_t>(a[1]),
+          at<const uint16_t>(a[2]),
+          at<const uint16_t>(a[3]),
+          at<const float>(a[4]),
+          at<const float>(a[5]),
+          at<const float>(a[6]),
+          sizes[0],
+          sizes[1],
+          sizes[2],
+          DType(sizes[3])};
+}
+
+// counts: tokens, and strides of the rows of x and of scales.
+Status quantize_act_fp4(const PartsFp4& parts, const SizesFp4& sizes, uintptr_t x, const std::array<int64_t, 3>& counts,
+                        uintptr_t codes, uintptr_t scales, uintptr_t low_rank, uintptr_t stream) {
+  const WeightFp4 w = weight_fp4(parts, sizes);
+  return quantize_act_sm120a({&w, at<const void>(x), counts[0], counts[1], counts[2], at<uint8_t>(codes),
+                              at<uint8_t>(scales), at<float>(low_rank)},
+                             at<void>(stream));
+}
+
+// counts: tokens, and the stride of the rows of scales.
+Status linear_fp4(const PartsFp4& parts, const SizesFp4& sizes, uintptr_t codes, uintptr_t scales, uintptr_t low_rank,
+                  const std::array<int64_t, 2>& counts, uintptr_t y, int y_dtype, bool gelu, uintptr_t stream) {
+  const WeightFp4 w = weight_fp4(parts, sizes);
+  return linear_sm120a({&w, at<const uint8_t>(codes), at<const uint8_t>(scales), at<const float>(low_rank), counts[0],
+                        counts[1], at<void>(y), DType(y_dtype), gelu},
+                       at<void>(stream));
+}
+
 // Addresses in the order of the struct's members; sizes: batch, heads, tokens, text tokens.
 Status rotate_heads(const std::array<uintptr_t, 10>& a, const std::array<int, 4>& sizes, float eps, uintptr_t stream) {
   const int64_t stride = int64_t{3} * sizes[1] * 128;
@@ -216,6 +253,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("gated_add_sm80", &gated_add);
   m.def("depthwise_glu_sm80", &depthwise_glu);
   m.def("linear_attention_sm80", &linear_attention);
+  m.def("quantize_act_sm120a", &quantize_act_fp4);
+  m.def("linear_sm120a", &linear_fp4);
   m.def("widen_fp8_sm90a", &widen_fp8);
   m.def("linear_fp8_sm90a", &linear_fp8);
   m.def("quantize_fp8_sm90a", &quantize_fp8);

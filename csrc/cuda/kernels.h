@@ -154,6 +154,47 @@ struct Attention {
   float scale, v_scale;
 };
 
+// NVFP4 weights as consumer Blackwell multiplies them, padded to N rounded up to 16; engine/ops/mma64.py draws them.
+//   codes [N/16][K/64][32][16]; scales [N/16][K/64][8][2][4] e4m3; up [N/16][R/16][32][8], down [K/16][R/16][32][8],
+//   both of `dtype`; inv_smooth (K), bias (N), factor (N) fp32: tensor scale times row factor
+struct WeightFp4 {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const uint16_t* up;
+  const uint16_t* down;
+  const float* inv_smooth;
+  const float* bias;
+  const float* factor;
+  int64_t n, k, rank;
+  DType dtype;
+};
+
+// codes (M,K/2) e2m1, two a byte, the even input low; scales (M,K/16) e4m3, rows scale_stride bytes apart, a multiple
+// of 16; low_rank (M,R) fp32 <- x (M,K) of the weight's dtype, rows x_stride elements apart.
+//   t = x * inv_smooth;  over 16 inputs: scale = e4m3(min(max(max|t| * (1/6), 2^-9), 448)), code = e2m1(t * (1 /
+//   scale)); with an infinity or NaN among them: scale NaN, codes 0.  low_rank = x @ down^T
+struct QuantizeFp4 {
+  const WeightFp4* w;
+  const void* x;
+  int64_t m, x_stride, scale_stride;
+  uint8_t* codes;
+  uint8_t* scales;
+  float* low_rank;
+};
+
+// y (M,N) = factor * (codes * scales of tokens) @ (codes * scales of weights)^T + low_rank @ up^T + bias, low_rank
+// rounded to the weight's dtype; sums in fp32; then GELU in its tanh form, if wanted.
+struct LinearFp4 {
+  const WeightFp4* w;
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const float* low_rank;
+  int64_t m, scale_stride;
+  void* y;
+  DType y_dtype;
+  bool gelu;
+};
+
 // Which matrix units multiply pairs of 4-bit codes. Chosen: INT4's where there are any (8.x), INT8's elsewhere. Both
 // give the same bits.
 enum ProductForm { kChosenProduct, kEightBitProduct, kFourBitProduct };
@@ -205,6 +246,9 @@ Status gated_add_sm80(const GatedAdd&, void* stream);
 Status rotate_heads_sm80(const RotateHeads&, void* stream);
 Status depthwise_glu_sm80(const DepthwiseGlu&, void* stream);
 Status linear_attention_sm80(const LinearAttention&, void* stream);
+
+Status quantize_act_sm120a(const QuantizeFp4&, void* stream);
+Status linear_sm120a(const LinearFp4&, void* stream);
 
 Status widen_fp8_sm90a(const WidenFp8&, void* stream);
 Status linear_fp8_sm90a(const LinearFp8&, void* stream);

@@ -75,6 +75,30 @@ def awq_linear_sm80(
 def awq_linears_sm80(
     layers: list[tuple[int, ...]], sizes: tuple[int, int, int], x: int, y_dtype: int, stream: int, /
 ) -> str | None: ...
+def quantize_act_sm120a(
+    parts: tuple[int, ...],
+    sizes: tuple[int, ...],
+    x: int,
+    counts: tuple[int, int, int],
+    codes: int,
+    scales: int,
+    low_rank: int,
+    stream: int,
+    /,
+) -> str | None: ...
+def linear_sm120a(
+    parts: tuple[int, ...],
+    sizes: tuple[int, ...],
+    codes: int,
+    scales: int,
+    low_rank: int,
+    counts: tuple[int, int],
+    y: int,
+    y_dtype: int,
+    gelu: bool,
+    stream: int,
+    /,
+) -> str | None: ...
 def depthwise_glu_sm80(addresses: tuple[int, ...], sizes: tuple[int, ...], stream: int, /) -> str | None: ...
 def linear_attention_sm80(
     addresses: tuple[int, ...], sizes: tuple[int, ...], epsilon: float, stream: int, /

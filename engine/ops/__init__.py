@@ -21,7 +21,7 @@ from engine.ops.canonical import AwqWeight, CanonicalLinear, dequantize, dequant
 from engine.ops.heads import project_heads, projects_heads, rotate_heads
 from engine.ops.layout import PackedAwq, PackedLinear, pack, pack_awq, unpack, unpack_awq
 from engine.ops.passes import gated_add
-from engine.ops.reference import GELU_SHIFT, MODES, QuantizedAct
+from engine.ops.reference import GELU_SHIFT, MODES, QuantizedAct, act_layout
 from engine.ops.sana import depthwise_glu, linear_attention
 
 __all__ = [
@@ -76,9 +76,10 @@ def quantize_act(x: Tensor, packed: PackedLinear, mode: str, pairs: bool = False
     """Smooth and quantize tokens, and take their low-rank projection, in one pass over x (..., K) of any strides.
 
     mode "int8": one scale a token; "int4": one a token and 64 inputs, codes -8..7; "uint4": the same for GELU
-    outputs, lifted by GELU_SHIFT, codes 0..15; "fp8": e4m3, one scale a token, for Hopper. Tokens are flattened to M.
-    The low-rank projection sees x as it is. `pairs` lets a backend that multiplies such (sm80) give 4-bit codes two a
-    byte, for `linear` alone (engine/ops/sm80.py).
+    outputs, lifted by GELU_SHIFT, codes 0..15; "fp8": e4m3, one scale a token, for Hopper; "nvfp4": e2m1, an e4m3 scale
+    a token and 16 inputs, for consumer Blackwell. Tokens are flattened to M. The low-rank projection sees x as it is.
+    `pairs` lets a backend that multiplies such (sm80) give 4-bit codes two a byte, for `linear` alone
+    (engine/ops/sm80.py).
     Raises ArgumentError for a wrong shape, dtype, device or mode; BackendError if the backend cannot run here.
     """
     _check_tokens(x, packed)
@@ -115,29 +116,20 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
     `out_dtype` defaults to packed.dtype; `gelu` as in svdq_linear. Raises ArgumentError if `act` does not fit
     `packed`; BackendError as above.
     """
-    pairs = packed.backend == "sm80" and act.codes.dim() == 3 and act.scales.dim() == 2
-    m, k, out_dtype = (act.scales if pairs else act.codes).shape[0], packed.k, out_dtype or packed.dtype
-    wanted = {"codes": ((m, k),), "scales": ((m,), (m, k // 64)), "low_rank": ((m, packed.rank),)}
-    fp8 = act.codes.dtype == torch.float8_e4m3fn
-    if pairs:
-        wanted["codes"] = (sm80.pairs_shape(m, k),)
-    for name, shapes in wanted.items():
+    mode, fitting = _fitting(act, packed)
+    for name, (shapes, dtypes) in fitting.items():
         tensor = getattr(act, name)
         if tuple(tensor.shape) not in shapes:
             raise ArgumentError(
                 f"act.{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}"
             )
-        dtype = torch.float32
-        if name == "codes":
-            dtype = torch.float8_e4m3fn if fp8 else torch.int8
-            if pairs and tensor.dtype == torch.uint8:
-                dtype = torch.uint8
-        elif name == "low_rank" and fp8 and tensor.dtype == torch.bfloat16:
-            dtype = torch.bfloat16
-        if tensor.dtype != dtype or tensor.device != packed.blob.device:
+        if tensor.dtype not in dtypes or tensor.device != packed.blob.device:
             raise ArgumentError(
-                f"act.{name}: expected {dtype} on {packed.blob.device}, got {tensor.dtype} on {tensor.device}"
+                f"act.{name}: expected {' or '.join(map(str, dtypes))} on {packed.blob.device}, got {tensor.dtype} on "
+                f"{tensor.device}"
             )
+    _check_mode(mode, packed.backend)
+    out_dtype = out_dtype or packed.dtype
     if out_dtype not in _FLOATS:
         raise ArgumentError(f"out_dtype: expected bfloat16, float16 or float32, got {out_dtype}")
     return _linear(act.codes, act.scales, act.low_rank, packed.blob, packed.spec.key, out_dtype, gelu)
@@ -146,8 +138,8 @@ def linear(act: QuantizedAct, packed: PackedLinear, out_dtype: torch.dtype | Non
 def svdq_linear(x: Tensor, packed: PackedLinear, mode: str, gelu: bool = False) -> Tensor:
     """x (..., K) of any strides -> y (..., N) in the dtype of x: quantize_act and linear in one call.
 
-    `gelu` applies GELU in its tanh form to the result, without a pass of its own on sm90a (before the result is
-    rounded) and on sm80.
+    `gelu` applies GELU in its tanh form to the result, without a pass of its own on sm90a and sm120a (before the result
+    is rounded) and on sm80.
 
     Raises ArgumentError and BackendError as quantize_act does.
     """
@@ -263,3 +255,25 @@ def _check_mode(mode: str, backend: str) -> None:
     offered = tuple(MODES) if backend == "reference" else backends.modes(backend)
     if mode not in offered:
         raise ArgumentError(f"mode: expected {', '.join(offered)} on backend {backend}, got {mode!r}")
+
+
+def _fitting(
+    act: QuantizedAct, packed: PackedLinear
+) -> tuple[str, dict[str, tuple[list[tuple[int, ...]], list[torch.dtype]]]]:
+    """The mode of `act`, "int8" for every integer one, and the shapes and types that `packed` allows its parts.
+
+    NVFP4 tokens are known by the type of their scales, pairs of 4-bit codes (sm80.py) by their three dimensions.
+    """
+    k, fp8 = packed.k, torch.float8_e4m3fn
+    mode = "nvfp4" if act.scales.dtype == fp8 else "fp8" if act.codes.dtype == fp8 else "int8"
+    pairs = mode == "int8" and packed.backend == "sm80" and act.codes.dim() == 3 and act.scales.dim() == 2
+    m = (act.scales if pairs else act.codes).shape[0]
+    fitting = {name: ([(m, *shape)], [dtype]) for name, (dtype, shape) in act_layout(mode, k).items()}
+    fitting["low_rank"] = [(m, packed.rank)], [torch.float32]
+    if mode == "fp8":
+        fitting["low_rank"][1].append(torch.bfloat16)  # of norm_quantize
+    if mode == "int8":
+        fitting["scales"][0].append((m, k // 64))  # of 4-bit codes
+    if pairs:
+        fitting["codes"] = [sm80.pairs_shape(m, k)], [torch.int8, torch.uint8]
+    return mode, fitting

@@ -36,11 +36,13 @@ _CPU = ("amx", "avx512", "avx2", "scalar")
 # Three more can be packed for but are never chosen: AVX-512 as it runs on processors without its BF16 instructions, AMX
 # that keeps group scales for any number of tokens, and AMX on emulated tiles. Tests and comparisons use them.
 NAMES = (*_CPU, "reference", "avx512_without_bf16", "amx_grouped", "amx_emulated")
-# Compiled for CUDA devices, best first. Both passed their tests on Hopper; sm80 has not run on any other card, so there
-# it is taken once it has passed its self-check.
-CUDA_NAMES = ("sm90a", "sm80")
-_CAPABILITY = {"sm90a": (9, 0), "sm80": (8, 0)}
-_FP8_MODES, _INTEGER_MODES = ("fp8",), ("int8", "int4", "uint4")
+# Compiled for CUDA devices, best first. The first two passed their tests on Hopper; sm80 has not run on any other card,
+# so there it is taken once it has passed its self-check. sm120a has never run: it stands behind `reference` in the
+# table, and is taken only where ENGINE_BACKEND names it.
+CUDA_NAMES = ("sm90a", "sm80", "sm120a")
+_CAPABILITY = {"sm90a": (9, 0), "sm80": (8, 0), "sm120a": (12, 0)}
+_MODES = {"sm90a": ("fp8",), "sm120a": ("nvfp4",)}
+_INTEGER_MODES = ("int8", "int4", "uint4")
 
 
 class BackendInfo(NamedTuple):
@@ -78,7 +80,7 @@ def cpu_kernels() -> ModuleType:
 
 def modes(backend: str) -> tuple[str, ...]:
     """Activation modes that the kernels of a compiled backend offer."""
-    return _FP8_MODES if backend == "sm90a" else _INTEGER_MODES
+    return _MODES.get(backend, _INTEGER_MODES)
 
 
 def cuda_kernels() -> ModuleType | None:
@@ -109,7 +111,8 @@ def table(device: torch.device | str) -> tuple[TableRow, ...]:
         known = {} if module is None else {name: (runs, why) for name, runs, why in module.instruction_sets()}
         rows = [TableRow(name, *known.get(name, (False, missing))) for name in _CPU]
         return (*rows, TableRow("reference", True, ""))
-    return (*(_cuda_row(name, torch.device(device)) for name in CUDA_NAMES), TableRow("reference", True, ""))
+    *tested, forced = (_cuda_row(name, torch.device(device)) for name in CUDA_NAMES)
+    return (*tested, TableRow("reference", True, ""), forced)
 
 
 def _cuda_row(name: str, device: torch.device) -> TableRow:
@@ -148,7 +151,7 @@ def _select(device: torch.device, forced: str) -> BackendInfo:
         if not row.runs:
             raise BackendError(f"ENGINE_BACKEND={forced} cannot run on {device}: {row.why}")
         return BackendInfo(forced, device, "forced by ENGINE_BACKEND")
-    best, passed = rows[-1], []
+    best, passed = TableRow("reference", True, ""), []
     for row in rows:
         if not (why := row.why or objection(row.name, device)):
             best = row

@@ -1,7 +1,7 @@
 """Packed weights: one buffer a layer, tiled for a backend, and the way back to the canonical form.
 
-Three tilings exist, each in a module of its name: "plain" (backend `reference`), "panel16" (every compiled CPU backend,
-and sm80) and "wgmma64" (Hopper).
+Four tilings exist, each in a module of its name: "plain" (backend `reference`), "panel16" (every compiled CPU backend,
+and sm80), "wgmma64" (Hopper) and "mma64" (NVFP4 on consumer Blackwell).
 """
 
 from __future__ import annotations
@@ -77,10 +77,13 @@ def pack(linear: CanonicalLinear, backend: str, dtype: torch.dtype = torch.bfloa
     """Tile `linear` for `backend`; `dtype` is that of the tokens the layer will see.
 
     What a backend has no kernel for is packed for `reference`, and the result's `backend` says so: nvfp4 weights but on
-    sm90a, and there INT4 codes of -8 and low-rank factors that are not bfloat16.
+    sm90a and sm120a, and on sm90a INT4 codes of -8 and low-rank factors that are not bfloat16. INT4 weights on sm120a
+    take the kernels of sm80.
     Raises ArgumentError for an unknown backend or dtype.
     """
-    if not wgmma64.takes(linear) if backend == "sm90a" else linear.kind == "nvfp4":
+    if backend == "sm120a":
+        backend = backend if linear.kind == "nvfp4" else "sm80"
+    elif not wgmma64.takes(linear) if backend == "sm90a" else linear.kind == "nvfp4":
         backend = "reference"
     spec = _spec_of("svdq", linear, backend, dtype, linear.rank)
     return PackedLinear(_filled(linear, spec), spec, dtype)
@@ -94,9 +97,9 @@ def unpack(packed: PackedLinear) -> CanonicalLinear:
 def pack_awq(weight: AwqWeight, backend: str, dtype: torch.dtype = torch.bfloat16) -> PackedAwq:
     """Tile a weight-only linear for `backend`; `dtype` is that of the tokens. Raises ArgumentError as pack() does.
 
-    sm90a has no kernel of its own for it and takes that of sm80, which runs there too.
+    sm90a and sm120a have no kernel of their own for it and take that of sm80, which runs there too.
     """
-    spec = _spec_of("awq", weight, "sm80" if backend == "sm90a" else backend, dtype, 0)
+    spec = _spec_of("awq", weight, "sm80" if backend in ("sm90a", "sm120a") else backend, dtype, 0)
     return PackedAwq(_filled(weight, spec), spec, dtype)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops import cpu, cuda, reference, sm80
+from engine.ops import cpu, cuda, reference, sm80, sm120a
 from engine.ops.layout import PackedAwq, PackedLinear, unpack, unpack_awq
 from engine.ops.reference import QuantizedAct
 from engine.ops.spec import Spec, parse
@@ -45,7 +45,7 @@ def _reference_linear(act: QuantizedAct, blob: Tensor, spec: Spec, out_dtype: to
 
 def _compiled(spec: Spec) -> ModuleType:
     """The module that calls the kernels of a layer's backend."""
-    return {"sm90a": cuda, "sm80": sm80}.get(spec.backend, cpu)
+    return {"sm90a": cuda, "sm80": sm80, "sm120a": sm120a}.get(spec.backend, cpu)
 
 
 def _quantize_act(x: Tensor, blob: Tensor, spec: str, mode: str, pairs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +72,7 @@ def _linear(
     codes: Tensor, scales: Tensor, low_rank: Tensor, blob: Tensor, spec: str, out_dtype: torch.dtype, gelu: bool = False
 ) -> Tensor:
     parsed, act = parse(spec), QuantizedAct(codes, scales, low_rank)
-    if parsed.backend in ("sm90a", "sm80"):
+    if parsed.backend in ("sm90a", "sm80", "sm120a"):  # whose kernels apply GELU
         return _compiled(parsed).linear(act, blob, parsed, out_dtype, gelu)
     run = _reference_linear if parsed.backend == "reference" else _compiled(parsed).linear
     y = run(act, blob, parsed, out_dtype)
@@ -81,7 +81,7 @@ def _linear(
 
 def _svdq_linear(x: Tensor, blob: Tensor, spec: str, mode: str, gelu: bool = False) -> Tensor:
     parsed = parse(spec)
-    if parsed.backend in ("sm90a", "sm80"):
+    if parsed.backend in ("sm90a", "sm80", "sm120a"):
         return _compiled(parsed).svdq_linear(x, blob, parsed, mode, gelu)
     if parsed.backend != "reference":
         y = _compiled(parsed).svdq_linear(x, blob, parsed, mode)
@@ -138,15 +138,12 @@ for _name, _run in (
 @torch.library.register_fake("nibble::quantize_act", lib=_library)
 def _(x: Tensor, blob: Tensor, spec: str, mode: str, pairs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     parsed = parse(spec)
-    m = x.numel() // parsed.k
-    scales = (m,) if mode in ("int8", "fp8") else (m, parsed.k // 64)
-    two = pairs and parsed.backend == "sm80" and mode != "int8"
-    codes = torch.float8_e4m3fn if mode == "fp8" else torch.uint8 if two and mode == "uint4" else torch.int8
-    return (
-        x.new_empty(sm80.pairs_shape(m, parsed.k) if two else (m, parsed.k), dtype=codes),
-        x.new_empty(scales, dtype=torch.float32),
-        x.new_empty((m, parsed.rank), dtype=torch.float32),
-    )
+    m, k = x.numel() // parsed.k, parsed.k
+    layout = reference.act_layout(mode, k)
+    codes, scales = (x.new_empty((m, *shape), dtype=dtype) for dtype, shape in layout.values())
+    if pairs and parsed.backend == "sm80" and mode != "int8":
+        codes = x.new_empty(sm80.pairs_shape(m, k), dtype=torch.uint8 if mode == "uint4" else torch.int8)
+    return codes, scales, x.new_empty((m, parsed.rank), dtype=torch.float32)
 
 
 @torch.library.register_fake("nibble::norm_quantize", lib=_library)

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from engine.ops import panel16, plain, wgmma64
+from engine.ops import mma64, panel16, plain, wgmma64
 
 __all__ = ["DTYPE_NAMES", "FIELDS", "Section", "Shapes", "Spec", "parse"]
 
@@ -23,7 +23,7 @@ _DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn, "u8": torch.uint8
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_TILINGS = {"reference": plain, "sm90a": wgmma64}
+_TILINGS = {"reference": plain, "sm90a": wgmma64, "sm120a": mma64}
 # Which tensors of a canonical weight travel, in this order, with their dtype (or "-") in the key.
 FIELDS = {
     "svdq": ("codes", "wscales", "smooth", "lora_down", "lora_up", "bias", "wtscale", "wcscales"),
@@ -73,7 +73,7 @@ class Spec:
 
     @property
     def tiling(self) -> ModuleType:
-        """The module that fills such a buffer and reads it: plain, panel16 or wgmma64."""
+        """The module that fills such a buffer and reads it: plain, panel16, wgmma64 or mma64."""
         return _TILINGS.get(self.backend, panel16)
 
     @cached_property

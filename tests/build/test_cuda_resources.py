@@ -14,7 +14,8 @@ NVCC = shutil.which("nvcc")
 # Registers a thread, at most. sm80/linear.cu runs one block of 256 threads on a multiprocessor (two of 128 registers
 # through INT4 units: its launch bounds see to that); Hopper's linear and attention move registers between their
 # warpgroups, and 168 is what every thread starts with; its quantize_act has two blocks of 384 threads on a
-# multiprocessor, or one of 384 (168 registers) or 416 (152), as each kernel's bounds say.
+# multiprocessor, or one of 384 (168 registers) or 416 (152), as each kernel's bounds say. sm120a/linear.cu runs two
+# blocks of 256 threads.
 BUDGETS = {
     "dequantize_sm80.cu": (("80", "89", "90"), 64),
     "dequantize_sm90a.cu": (("90a",), 64),
@@ -26,6 +27,8 @@ BUDGETS = {
     "sm80/gated_add.cu": (("80", "89", "90", "120a"), 64),
     "sm80/depthwise_glu.cu": (("80", "89", "90", "120a"), 128),
     "sm80/linear_attention.cu": (("80", "89", "90", "120a"), 128),
+    "sm120a/quantize_act.cu": (("120a",), 64),
+    "sm120a/linear.cu": (("120a",), 128),
     "sm90a/linear.cu": (("90a",), 168),
     "sm90a/quantize.cu": (("90a",), 168),
     "sm90a/attention.cu": (("90a",), 168),

@@ -103,10 +103,21 @@ def card(fresh):
 def test_other_cards_take_sm80_after_one_check_each(card):
     asked: list[str] = []
     card.setattr(self_check, "failure", lambda device, backend: asked.append(f"{backend} on {device}") or "")
-    assert [row.name for row in backends.table("cuda:0")] == ["sm90a", "sm80", "reference"]
+    assert [row.name for row in backends.table("cuda:0")] == ["sm90a", "sm80", "reference", "sm120a"]
     assert {backends.select(device).name for device in ("cuda:0", "cuda", "cuda:0")} == {"sm80"}
     assert backends.select("cuda:1").name == "sm80"
     assert asked == ["sm80 on cuda:0", "sm80 on cuda:1"]
+
+
+def test_an_rtx_50_takes_sm80_too_and_what_never_ran_only_by_name(card):
+    card.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    card.setattr(self_check, "failure", lambda device, backend: "it failed" if device.index else "")
+    assert backends.select("cuda:0").name == "sm80"
+    with pytest.warns(RuntimeWarning, match="sm80: it failed"):
+        assert backends.select("cuda:1").name == "reference"
+    card.setattr(self_check, "failure", lambda device, backend: pytest.fail("was checked"))
+    card.setenv("ENGINE_BACKEND", "sm120a")
+    assert backends.select("cuda:2").name == "sm120a"
 
 
 def test_a_failed_check_leaves_the_reference_with_one_warning(card):

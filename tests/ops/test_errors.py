@@ -37,7 +37,9 @@ def test_wrong_tokens(op, x: torch.Tensor, words: str):
 
 @pytest.mark.parametrize("op", [ops.svdq_linear, ops.quantize_act])
 def test_wrong_mode(op):
-    with pytest.raises(ArgumentError, match="mode: expected int8, int4, uint4, fp8 on backend reference, got 'int2'"):
+    with pytest.raises(
+        ArgumentError, match="mode: expected int8, int4, uint4, fp8, nvfp4 on backend reference, got 'int2'"
+    ):
         op(X, PACKED, "int2")
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine import ops
+from engine.errors import ArgumentError
 from tests.ops.cases import Case, random_awq, random_linear, tokens
 
 CASE = Case(6, 40, 128, 16)
@@ -45,3 +46,18 @@ def test_whole_graph_compiles(backend: str):
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("int4", torch.int8), ("uint4", torch.uint8)])
+def test_pairs_are_known_before_the_run(mode: str, dtype: torch.dtype):
+    packed, x = ops.pack(random_linear(CASE), "sm80"), tokens(CASE, torch.bfloat16).to("meta")
+    packed = ops.PackedLinear(packed.blob.to("meta"), packed.spec, packed.dtype)
+    act = ops.quantize_act(x, packed, mode, pairs=True)
+    assert (act.codes.dtype, act.codes.shape, act.scales.shape) == (dtype, (1, 2, 512), (6, 2))
+    assert ops.linear(act, packed).shape == (6, 40)
+    assert ops.linear(ops.quantize_act(x, packed, mode), packed).shape == (6, 40)  # a code a byte
+    for wrong in (act.codes[:, :1], act.codes[0], act.codes.float()):
+        with pytest.raises(ArgumentError, match=r"act\.codes: expected"):
+            ops.linear(act._replace(codes=wrong), packed)
+    with pytest.raises(ArgumentError, match=r"act\.codes: expected shape \(1, 128\)"):
+        ops.linear(act, ops.PackedLinear(packed.blob, ops.pack(random_linear(CASE), "reference").spec, packed.dtype))
