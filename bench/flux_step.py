@@ -1,7 +1,7 @@
 """One denoising step of FLUX.1-dev at full size, this engine beside its rivals at their fastest, in one run.
 
     python bench/flux_step.py                                   # bf16 and int4, 1024x1024, batch 1
-    python bench/flux_step.py bf16 fp8 int4 --json FILE         # fp8: torchao's rowwise FP8, fp8mm: the same by hand
+    python bench/flux_step.py bf16 fp8 int4 --json FILE         # fp8: torchao's rowwise FP8, fp8mm: by hand
     python bench/flux_step.py int4 --size 2048 --batch 1
 
 Weights are random: the time of a step does not depend on them, and no download is needed. Every variant is compiled
@@ -36,11 +36,16 @@ GIB = 2**30
 OURS = ("int4", "nvfp4")  # beginnings of variants that run on this engine
 
 
-def torchao_fp8(model: nn.Module) -> None:
-    """torchao's dynamic rowwise FP8 on every large linear of the blocks, in place."""
+def torchao_fp8(model: nn.Module, tuned: bool = False) -> None:
+    """torchao's dynamic rowwise FP8 on every large linear of the blocks, in place.
+
+    `tuned` has Inductor try launch settings for every kernel that it writes (coordinate descent), as torchao advises:
+    minutes of compiling, which did not end in four.
+    """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=is_large)
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=tuned)
+    quantize_(model, config, filter_fn=is_large)
 
 
 def inputs(device: str, size: int, batch: int, config: dict, text: int = 512) -> dict[str, Any]:
@@ -136,8 +141,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             set_wide_weights(model, kind.startswith("int4w"))
             return model
         model = dense("cuda", config)
-        if kind in ("fp8", "fp8mm"):
-            (torchao_fp8 if kind == "fp8" else replace_linears)(model)
+        if kind in ("fp8", "fp8tuned"):
+            torchao_fp8(model, kind == "fp8tuned")
+        elif kind == "fp8mm":
+            replace_linears(model)
         return model
 
     return measured(name, build, lambda: inputs("cuda", options.size, options.batch, config), options)
@@ -194,7 +201,7 @@ def main() -> None:
     """Parse the command line, measure each variant, write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", default=["bf16", "int4"],
-                        help="bf16, fp8, fp8mm, int4, int4a4, nvfp4; int4q8 and int4q16 with attention in 8 and 16 "
+                        help="bf16, fp8, fp8tuned, fp8mm, int4, int4a4, nvfp4; int4q8 and int4q16 with attention in 8 and 16 "
                         "bits, int4w with weights kept in 8 bits too, int4wq8 with both; "
                         "with -eager not compiled")  # fmt: skip
     parser.add_argument("--size", type=int, default=1024, help="pixels of a side")

@@ -76,8 +76,8 @@ class Engine:
         "8bit") is in how many bits a 4-bit FLUX holds attention's probabilities and values; `wide_weights` keeps 8-bit
         copies of 4-bit weights, for speed on Hopper. `vram_budget` is what all engines together keep to of a GPU, in
         GiB: networks come for their calls, a transformer block by block if need be; `offload` holds one network at a
-        time. `share` is an engine of the same model whose text encoders and VAE are used again. `progress` is told in words
-        what is being loaded.
+        time. `share` is an engine of the same model whose text encoders and VAE are used again. `progress` is told in
+        words what is being loaded.
         Raises ModelError, CheckpointError, BackendError or ArgumentError, each with one sentence saying what to do.
         """
         spec = resolve(model)
