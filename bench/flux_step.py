@@ -201,9 +201,9 @@ def main() -> None:
     """Parse the command line, measure each variant, write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", default=["bf16", "int4"],
-                        help="bf16, fp8, fp8tuned, fp8mm, int4, int4a4, nvfp4; int4q8 and int4q16 with attention in 8 and 16 "
-                        "bits, int4w with weights kept in 8 bits too, int4wq8 with both; "
-                        "with -eager not compiled")  # fmt: skip
+                        help="bf16, fp8, fp8tuned, fp8mm, int4, int4a4, nvfp4; int4q8 and int4q16 with attention in "
+                        "8 and 16 bits, int4w with weights kept in 8 bits too, int4wq8 with both; with -eager not "
+                        "compiled")  # fmt: skip
     parser.add_argument("--size", type=int, default=1024, help="pixels of a side")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=32)
