@@ -105,3 +105,16 @@ def test_a_block_owns_its_stream_in_a_plain_step_alone(model: FluxTransformer2DM
     assert owns_stream(first)
     model.forward = lambda *_: None
     assert not owns_stream(first)
+
+
+@torch.no_grad()
+def test_blocks_compile_without_a_break():
+    """With 4-bit layers, and lanes that a graph would have."""
+    from bench.random_models import quantized
+    from tests.models.conftest import CONFIG, flux_inputs
+
+    made = quantized("cpu", CONFIG | {"num_single_layers": 2, "num_attention_heads": 2}, "auto", 16)
+    given = flux_inputs(tokens=24) | {"return_dict": False}
+    wanted = made(**given)[0]
+    made.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    assert torch.equal(made(**given)[0], wanted)

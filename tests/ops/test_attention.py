@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import ops
+from engine.ops.attention import EIGHT_BIT_FROM
 
 
 def test_it_is_near_to_exact_attention():
@@ -16,3 +17,10 @@ def test_it_is_near_to_exact_attention():
     wanted = wanted.transpose(1, 2).flatten(2)
     assert got.shape == wanted.shape
     assert 1e-3 < (got - wanted).norm() / wanted.norm() < 0.04
+
+
+def test_8_bits_are_taken_where_they_are_asked_for_or_pay():
+    many, cpu = EIGHT_BIT_FROM, torch.device("cpu")
+    assert ops.in_8bit("8bit", 1, cpu)
+    assert not ops.in_8bit("16bit", many, cpu)
+    assert not ops.in_8bit("auto", many, cpu)  # plain torch gains nothing by them
