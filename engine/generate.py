@@ -22,7 +22,7 @@ from engine.memory import PeakMeter, module_bytes
 from engine.models import loading
 from engine.models.catalogue import ModelSpec, resolve
 from engine.models.families import runner
-from engine.models.switches import check_attention, set_attention, set_wide_weights
+from engine.models.switches import attention_of, check_attention, set_attention, set_wide_weights
 from engine.preview import Watch
 from engine.request import Request, Result, Step
 from engine.residency import Room, room_on
@@ -153,13 +153,12 @@ class Engine:
             versions=_versions(),
         )
 
-    def _attention(self, request: Request, text: dict[str, torch.Tensor]) -> str:
-        """What attention's probabilities and values are held in for this request: "16bit" or "8bit"."""
-        if self.precision == "bf16" or self.spec.family != "flux":
-            return "16bit"
+    def _attention(self, request: Request, text: dict[str, torch.Tensor]) -> str | None:
+        """What attention's probabilities and values are held in for this request; None where that is no question."""
+        words = text.get("prompt_embeds")  # models of other families may have none
         picture = (request.width or 0) // 16 * ((request.height or 0) // 16)
-        tokens = picture + text["prompt_embeds"].shape[1]
-        return "8bit" if ops.in_8bit(self.attention, tokens, self.device) else "16bit"
+        tokens = picture + (0 if words is None else words.shape[1])
+        return attention_of(self.pipe.transformer, tokens, self.device)
 
     def _wear(self, wanted: Mapping[str, float]) -> None:
         """Bring the transformer's LoRAs to those of a request, beside the one that belongs to the model.

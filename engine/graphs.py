@@ -13,12 +13,13 @@ import contextlib
 import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine import lanes
 from engine.ops import widening
 
 __all__ = ["Recorder", "forget", "record", "unrecorded"]
@@ -79,8 +80,9 @@ class Recorder:
         found = self._seen.get(key)
         if found is None:
             with widening.noted() as order:
-                self._keep(key, order)
-                return self._forward(*args, **kwargs)
+                out = self._forward(*args, **kwargs)
+            self._keep(key, order)
+            return out
         recording = found if isinstance(found, _Recording) else self._record(args, kwargs, found)
         if recording is None:
             return self._forward(*args, **kwargs)
@@ -124,7 +126,8 @@ class Recorder:
 
     def _record(self, args: tuple, kwargs: Mapping[str, Any], order: list[widening.Layer]) -> _Recording | None:
         try:
-            return _Recording(self._forward, args, kwargs, order)
+            device = next(self._model.parameters()).device
+            return _Recording(device, self._forward, args, kwargs, order)
         except (RuntimeError, TypeError) as error:
             self.refused = f"{type(error).__name__}: {error}"
             logging.getLogger(__name__).warning("steps run without a CUDA graph: %s", self.refused)
@@ -134,18 +137,35 @@ class Recorder:
 class _Recording:
     """A graph, the tensors it reads and those it writes."""
 
-    def __init__(self, forward: Any, args: tuple, kwargs: Mapping[str, Any], order: list[widening.Layer]) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        forward: Any,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        order: Sequence[widening.Layer],
+    ) -> None:
         with torch.inference_mode(False), torch.no_grad():
             self._args = [_own(value) for value in args]
             self._kwargs = {name: _own(value) for name, value in kwargs.items()}
             self._graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()
-            # Other threads may load models meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"), widening.ahead(order):
-                out = forward(*self._args, **self._kwargs)
+            torch.cuda.synchronize(device)
+            with torch.cuda.device(device):
+                stream = torch.cuda.Stream(device)
+                # Other threads may load models meanwhile.
+                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                    out = self._recorded(forward, order)
         if not isinstance(out, tuple) or not all(isinstance(part, Tensor) for part in out):
             raise TypeError(f"expected a tuple of tensors from the model, got {type(out).__name__}")
         self._out: tuple[Tensor, ...] = out
+
+    def _recorded(self, forward: Any, order: Sequence[widening.Layer]) -> Any:
+        try:
+            with widening.ahead(order):
+                return forward(*self._args, **self._kwargs)
+        except BaseException:
+            lanes.join_all()
+            raise
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         for mine, value in zip(self._args, args, strict=True):

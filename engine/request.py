@@ -105,7 +105,7 @@ class Result:
     weight_bytes: int
     peak_bytes: int
     versions: Mapping[str, str] = field(default_factory=dict)
-    attention: str = "16bit"
+    attention: str | None = None  # of a model that can hold it in 16 bits or in 8, which
     wide_weights: bool = False
 
     @property
@@ -122,7 +122,7 @@ class Result:
         more: dict[str, Any] = {"controls": dict(own)} if own else {}
         if request.loras:
             more["loras"] = {_short(lora): strength for lora, strength in request.loras.items()}
-        if self.attention != "16bit":
+        if self.attention is not None:
             more["attention"] = self.attention
         if self.wide_weights:
             more["wide_weights"] = True

@@ -135,7 +135,7 @@ def figures(result: Result | None, results: Mapping[str, Result] | None = None) 
 def _how(result: Result) -> str:
     stages = result.stages
     parts = [f"{name} {' '.join(words.seconds_text(stages[name]))}" for name in stages]
-    attention = "" if result.attention == "16bit" else ", 8-bit attention"
+    attention = ", 8-bit attention" if result.attention == "8bit" else ""
     return f"{', '.join(parts)} · {result.activation.upper()}{attention}, {result.backend}"
 
 

@@ -77,7 +77,7 @@ def use_fused_gelu(model: Any) -> None:
 
 
 def _applies_gelu(linear: nn.Module) -> bool:
-    if not isinstance(linear, SVDQuantLinear) or linear.backend != "sm90a":
+    if not isinstance(linear, SVDQuantLinear) or linear.backend not in ("sm90a", "sm80"):
         return False
     linear.gelu = True
     return True

@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from engine import ops
-from engine.models.lanes import Lane
+from engine.lanes import Lane
 from engine.models.modulation import modulations
 from engine.models.normed import (
     Projection,
@@ -32,7 +32,7 @@ from engine.models.normed import (
     ready,
 )
 
-__all__ = ["FusedDoubleBlock", "FusedSingleBlock", "fuse_blocks", "unfuse_blocks"]
+__all__ = ["FusedDoubleBlock", "FusedSingleBlock", "fuse_blocks", "is_plain", "unfuse_blocks"]
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -49,7 +49,7 @@ class FusedSingleBlock(FluxSingleTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """picture (B, M, D), text (B, L, D), temb (B, D) -> text, picture after the block."""
-        if joint_attention_kwargs or image_rotary_emb is None or not _plain(self.attn):
+        if joint_attention_kwargs or image_rotary_emb is None or not is_plain(self.attn):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         text, x = encoder_hidden_states.shape[1], _joined(encoder_hidden_states, hidden_states)
         (modulation,) = modulations(self, temb, _norms)
@@ -83,7 +83,7 @@ class FusedDoubleBlock(FluxTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """picture (B, M, D), text (B, L, D), temb (B, D) -> text, picture after the block."""
-        if joint_attention_kwargs or image_rotary_emb is None or not _plain(self.attn):
+        if joint_attention_kwargs or image_rotary_emb is None or not is_plain(self.attn):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         attn, length = self.attn, encoder_hidden_states.shape[1]
         picture, text = (modulation.chunk(6, dim=1) for modulation in modulations(self, temb, _norms))
@@ -117,14 +117,14 @@ def _joined(text: Tensor, picture: Tensor) -> Tensor:
     return torch.cat([text, picture], dim=1)
 
 
-def _plain(attn: Any) -> bool:
-    # Without fused projections nothing is gained.
+def is_plain(attn: Any) -> bool:
+    """Whether a block with this attention runs fused. Without fused projections nothing is gained."""
     return type(attn.processor) is FluxAttnProcessor and attn.fused_projections
 
 
 def _norms(block: Any) -> tuple[Any, ...]:
     """The norms whose modulation a block asks for in a plain step."""
-    if not isinstance(block, (FusedDoubleBlock, FusedSingleBlock)) or not _plain(block.attn):
+    if not isinstance(block, (FusedDoubleBlock, FusedSingleBlock)) or not is_plain(block.attn):
         return ()
     return (block.norm1, block.norm1_context) if isinstance(block, FusedDoubleBlock) else (block.norm,)
 
@@ -143,7 +143,7 @@ def _attend(attn: Any, projections: list[Projection], rotary: Rotary) -> Tensor:
     """Attention of a joint sequence: text (B, L, 3 D), if any, and picture (B, M, 3 D) -> (B, L + M, D)."""
     norms = [attn.norm_q, attn.norm_k] + ([attn.norm_added_q, attn.norm_added_k] if len(projections) == 2 else [])
     query, key, value = heads(projections, norms, rotary)
-    if ops.in_8bit(getattr(attn, "attention", "auto"), query.shape[1], query.device):
+    if ops.in_8bit(getattr(attn, "attention", "auto"), query.shape[1], query.device, query.dtype, query.shape[-1]):
         return ops.attention_8bit(query, key, value)
     out: Any = dispatch_attention_fn(query, key, value, backend=attn.processor._attention_backend)
     return out.flatten(2, 3).to(query.dtype)

@@ -131,7 +131,9 @@ def owns_stream(block: nn.Module) -> bool:
 
     Whoever calls blocks otherwise may look at their inputs afterwards, as caches of the first block do.
     """
-    if hooked(block) or torch.is_grad_enabled() or (place := _places.get(block)) is None:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or hooked(block):  # compiled, nothing is in place
+        return False
+    if (place := _places.get(block)) is None:
         return False
     model, forward = place.model(), place.forward
     if model is None or type(model).forward is not forward:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine import graphs
+import torch
+
+from engine import graphs, ops
 from engine.errors import ArgumentError
 from engine.linear import SVDQuantLinear
 from engine.request import ATTENTIONS
 
-__all__ = ["check_attention", "set_attention", "set_wide_weights"]
+__all__ = ["attention_of", "check_attention", "set_attention", "set_wide_weights"]
 
 
 def check_attention(attention: str) -> None:
@@ -26,17 +28,31 @@ def set_attention(transformer: Any, attention: str) -> None:
     Raises ArgumentError for an unknown name, and for 8 bits where the model has none: SANA's attention is linear, and
     16-bit models run as diffusers wrote them.
     """
-    from engine.models.flux_blocks import FusedDoubleBlock, FusedSingleBlock
-
     check_attention(attention)
-    blocks: list[Any] = [
-        module for module in transformer.modules() if isinstance(module, FusedDoubleBlock | FusedSingleBlock)
-    ]
+    blocks = _fused(transformer)
     if attention == "8bit" and not blocks:
-        raise ArgumentError("attention: expected 16bit, got '8bit': 4-bit FLUX models alone have 8-bit attention")
+        raise ArgumentError("attention: expected 16bit, got '8bit': only 4-bit FLUX with fused projections has it")
     graphs.forget(transformer)
     for block in blocks:
         block.attn.attention = attention
+
+
+def attention_of(transformer: Any, tokens: int, device: torch.device) -> str | None:
+    """What attention of so many tokens is held in, "16bit" or "8bit"; None for a model that has no choice."""
+    blocks = _fused(transformer)
+    if not blocks:
+        return None
+    attn = blocks[0].attn
+    dtype, head = transformer.dtype, transformer.config.attention_head_dim
+    eight = ops.in_8bit(getattr(attn, "attention", "auto"), tokens, device, dtype, head)
+    return "8bit" if eight else "16bit"
+
+
+def _fused(transformer: Any) -> list[Any]:
+    from engine.models.flux_blocks import FusedDoubleBlock, FusedSingleBlock, is_plain
+
+    kinds = FusedDoubleBlock | FusedSingleBlock
+    return [module for module in transformer.modules() if isinstance(module, kinds) and is_plain(module.attn)]
 
 
 def set_wide_weights(transformer: Any, wide: bool) -> None:

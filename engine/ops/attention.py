@@ -31,9 +31,15 @@ def attention_8bit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return _attention_8bit(query, key, value)
 
 
-def in_8bit(attention: str, tokens: int, device: torch.device) -> bool:
-    """Whether so many tokens, picture's and text's, go through attention_8bit: what "auto", "16bit" or "8bit" means."""
-    return attention == "8bit" or (attention == "auto" and tokens >= EIGHT_BIT_FROM and _served(device))
+def in_8bit(
+    attention: str, tokens: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, head: int = HEAD
+) -> bool:
+    """Whether so many tokens, picture's and text's, go through attention_8bit: what "auto", "16bit" or "8bit" means.
+
+    Nobody who leaves it at "auto" gets it where no kernel serves, or where another backend is taken than Hopper's.
+    """
+    pays = tokens >= EIGHT_BIT_FROM and dtype == torch.bfloat16 and head == HEAD
+    return attention == "8bit" or (attention == "auto" and pays and backends.select(device).name == "sm90a")
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ __all__ = [
     "objection",
     "select",
     "table",
+    "takes_kernels",
 ]
 
 # Best first.
@@ -164,6 +165,11 @@ def _select(device: torch.device, forced: str) -> BackendInfo:
     return BackendInfo(
         best.name, device, f"the best that runs here ({'; '.join(passed)})" if passed else "the best there is"
     )
+
+
+def takes_kernels(device: torch.device) -> bool:
+    """Whether the passes between linears, which are compiled beside sm80's kernels, may run on a CUDA device."""
+    return cuda_kernels() is not None and select(device).name in CUDA_NAMES
 
 
 def objection(name: str, device: torch.device) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from engine.ops import cuda
-from engine.ops.backends import cuda_kernels
+from engine.ops.backends import takes_kernels
+from engine.ops.calls import check, kernels
 from engine.ops.reference import QuantizedAct
 from engine.ops.spec import parse
 
@@ -130,8 +131,7 @@ def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def _launch_heads(
     qkv: Tensor, text: Tensor | None, norms: list[Tensor], cosine: Tensor, sine: Tensor, eps: float
 ) -> list[Tensor]:
-    module = cuda_kernels()
-    if module is None or qkv.dtype != torch.bfloat16 or cosine.shape[-1] != HEAD:
+    if not takes_kernels(qkv.device) or qkv.dtype != torch.bfloat16 or cosine.shape[-1] != HEAD:
         return _plain_heads(qkv, text, norms, cosine, sine, eps)
     (batch, length, width), words = qkv.shape, 0 if text is None else text.shape[1]
     heads, tokens = width // 3 // HEAD, length + words
@@ -142,7 +142,7 @@ def _launch_heads(
     addresses = [0 if part is None else part.data_ptr() for part in read] + [0] * (3 - len(made))
     with torch.cuda.device(qkv.device):
         stream = torch.cuda.current_stream().cuda_stream
-        cuda.check(module.rotate_heads_sm80(addresses, (batch, heads, tokens, words), eps, stream))
+        check(kernels().rotate_heads_sm80(addresses, (batch, heads, tokens, words), eps, stream))
     return made
 
 

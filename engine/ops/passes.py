@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.ops.backends import cuda_kernels
-from engine.ops.cuda import check
+from engine.ops.backends import takes_kernels
+from engine.ops.calls import check, kernels
 
 __all__ = ["gated_add"]
 
@@ -25,8 +25,8 @@ def _plain_add(x: Tensor, gate: Tensor, y: Tensor, y2: Tensor | None = None) -> 
 
 
 def _launch_add(x: Tensor, gate: Tensor, y: Tensor, y2: Tensor | None = None) -> Tensor:
-    module, parts = cuda_kernels(), (x, gate, y, *(() if y2 is None else (y2,)))
-    if module is None or x.shape[-1] % 8 or any(part.dtype != torch.bfloat16 for part in parts):
+    parts = (x, gate, y, *(() if y2 is None else (y2,)))
+    if not takes_kernels(x.device) or x.shape[-1] % 8 or any(part.dtype != torch.bfloat16 for part in parts):
         return _plain_add(x, gate, y, y2)
     x, y, y2 = x.contiguous(), y.contiguous(), None if y2 is None else y2.contiguous()
     if gate.stride(1) != 1 or gate.stride(0) % 8 or gate.data_ptr() % 16:
@@ -36,7 +36,7 @@ def _launch_add(x: Tensor, gate: Tensor, y: Tensor, y2: Tensor | None = None) ->
     addresses = [0 if part is None else part.data_ptr() for part in (x, gate, y, y2, made)]
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        check(module.gated_add_sm80(addresses, (batch * tokens, k, tokens, gate.stride(0)), stream))
+        check(kernels().gated_add_sm80(addresses, (batch * tokens, k, tokens, gate.stride(0)), stream))
     return made
 
 

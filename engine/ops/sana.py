@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops.backends import cuda_kernels
-from engine.ops.cuda import check
+from engine.ops.backends import takes_kernels
+from engine.ops.calls import check, kernels
 
 __all__ = ["depthwise_glu", "linear_attention"]
 
@@ -61,22 +61,22 @@ def _plain_attention(qkv: Tensor, heads: int) -> Tensor:
 
 
 def _launch_glu(x: Tensor, weight: Tensor, bias: Tensor, padded: int) -> Tensor:
-    module, (batch, height, width, both) = cuda_kernels(), x.shape
+    batch, height, width, both = x.shape
     odd = both % 4 or padded % 2 or tuple(weight.shape) != (both, 1, 3, 3)
-    if module is None or odd or any(part.dtype != torch.bfloat16 for part in (x, weight, bias)):
+    if not takes_kernels(x.device) or odd or any(part.dtype != torch.bfloat16 for part in (x, weight, bias)):
         return _plain_glu(x, weight, bias, padded)
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     made = x.new_empty(batch, height, width, padded)
     addresses = [part.data_ptr() for part in (x, weight, bias, made)]
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        check(module.depthwise_glu_sm80(addresses, (batch, height, width, both // 2, padded), stream))
+        check(kernels().depthwise_glu_sm80(addresses, (batch, height, width, both // 2, padded), stream))
     return made
 
 
 def _launch_attention(qkv: Tensor, heads: int) -> Tensor:
-    module, (batch, tokens, width) = cuda_kernels(), qkv.shape
-    if module is None or qkv.dtype != torch.bfloat16 or width != 3 * heads * _HEAD:
+    batch, tokens, width = qkv.shape
+    if not takes_kernels(qkv.device) or qkv.dtype != torch.bfloat16 or width != 3 * heads * _HEAD:
         return _plain_attention(qkv, heads)
     qkv = qkv.contiguous()
     sums = qkv.new_empty((batch, heads, -(-tokens // _RUN), _HEAD + 1, _HEAD), dtype=torch.float32)
@@ -84,7 +84,7 @@ def _launch_attention(qkv: Tensor, heads: int) -> Tensor:
     addresses = [part.data_ptr() for part in (qkv, sums, made)]
     with torch.cuda.device(qkv.device):
         stream = torch.cuda.current_stream().cuda_stream
-        check(module.linear_attention_sm80(addresses, (tokens, _RUN, batch, heads), _EPSILON, stream))
+        check(kernels().linear_attention_sm80(addresses, (tokens, _RUN, batch, heads), _EPSILON, stream))
     return made
 
 

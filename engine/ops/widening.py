@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -26,7 +27,7 @@ __all__ = ["Layer", "ahead", "drop", "keep", "noted", "used", "weights", "widene
 # From so many tokens on a product is faster with weights that were widened to 8 bits first (csrc/cuda/sm90a/widen.cuh).
 WIDE_FROM = 1024
 BUFFERS = 4  # of weights that are ahead of their products
-Layer = tuple[Tensor, Spec]  # a packed layer's bytes and what lies where in them
+Layer = tuple[weakref.ref[Tensor], Spec]  # a packed layer's bytes and what lies where in them
 
 
 def weights(tokens: int, blob: Tensor, spec: Spec) -> Tensor:
@@ -38,7 +39,7 @@ def weights(tokens: int, blob: Tensor, spec: Spec) -> Tensor:
     if not pays or not tokens:
         return blob.new_empty(0)
     if (order := getattr(_now, "order", None)) is not None:
-        order.append((blob, spec))
+        order.append((weakref.ref(blob), spec))
     schedule: _Ahead | None = getattr(_now, "schedule", None)
     found = None if schedule is None else schedule.weights(blob)
     return widened(blob, spec) if found is None else found
@@ -107,12 +108,14 @@ def noted() -> Iterator[list[Layer]]:
 def ahead(order: Sequence[Layer]) -> Iterator[None]:
     """Within, while a graph is recorded, widen these layers before they are asked for in this order.
 
-    A layer that is asked for out of turn, and all after it, are widened as they are without this.
+    A layer that is asked for out of turn, and all after it, are widened as they are without this; so are all of them
+    where one is gone.
     """
-    if not order:
+    layers = [(blob, spec) for known, spec in order if (blob := known()) is not None]
+    if not layers or len(layers) < len(order):
         yield
         return
-    schedule = _now.schedule = _Ahead(order)
+    schedule = _now.schedule = _Ahead(layers)
     try:
         yield
     finally:
@@ -123,7 +126,7 @@ def ahead(order: Sequence[Layer]) -> Iterator[None]:
 class _Ahead:
     """Widening on a stream of its own; buffers go round, each used again once the product that read it is done."""
 
-    def __init__(self, order: Sequence[Layer]) -> None:
+    def __init__(self, order: Sequence[tuple[Tensor, Spec]]) -> None:
         device = order[0][0].device
         self._order, self._stream = order, torch.cuda.Stream(device)
         largest = max(size(spec) for _, spec in order)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.random_models import quantized
 from engine.graphs import record
-from engine.models.lanes import Lane
+from engine.lanes import Lane
 from engine.ops import widening
 from tests.models.conftest import CONFIG, flux_inputs
 
@@ -92,3 +92,29 @@ def test_a_lane_runs_beside_what_follows_and_is_waited_for():
     for turn in (1, 2):
         graph.replay()
         assert bool((out == 201 * turn).all())
+
+
+@torch.inference_mode()
+def test_an_error_in_a_lane_leaves_the_device_usable():
+    """As one of memory would: the recording is given up, and steps run as they did."""
+    flux, given = model(), inputs(0, 40)
+    wanted = flux(**given)[0]
+    recorder = record(flux)
+
+    def fail(*_: Any) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("no more")
+
+    flux(**given)
+    handle = flux.single_transformer_blocks[1].act_mlp.register_forward_pre_hook(fail)
+    before = torch.cuda.current_stream()
+    assert torch.equal(flux(**given)[0], wanted)
+    assert "no more" in recorder.refused
+    assert torch.cuda.current_stream() == before
+    assert torch.equal(flux(**given)[0], wanted)
+    handle.remove()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flux(**given)[0]
+    graph.replay()
+    assert torch.equal(out, wanted)

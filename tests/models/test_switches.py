@@ -11,7 +11,7 @@ from engine.models.switches import set_attention, set_wide_weights
 
 def test_attention_in_8_bits_is_for_four_bit_flux():
     for model, precision in (("tiny", "bf16"), ("tiny-sana", "int4")):
-        with pytest.raises(ArgumentError, match="attention: expected 16bit, got '8bit'"):
+        with pytest.raises(ArgumentError, match="attention: expected 16bit, got '8bit': only 4-bit FLUX"):
             Engine.load(model, precision, device="cpu", attention="8bit")
     engine = Engine.load("tiny", "int4", device="cpu", attention="8bit")
     blocks = [*engine.pipe.transformer.transformer_blocks, *engine.pipe.transformer.single_transformer_blocks]

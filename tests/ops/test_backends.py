@@ -169,7 +169,11 @@ def test_the_self_check_passes_where_kernels_are_right():
 
 def test_the_self_check_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch):
     right = ops.svdq_linear
-    monkeypatch.setattr(ops, "svdq_linear", lambda x, packed, mode: right(x, packed, mode).roll(int(mode == "int4"), 1))
+
+    def wrong(x: torch.Tensor, packed: ops.PackedLinear, mode: str, gelu: bool = False) -> torch.Tensor:
+        return right(x, packed, mode, gelu).roll(int(mode == "int4"), 1)
+
+    monkeypatch.setattr(ops, "svdq_linear", wrong)
     assert self_check.failure(torch.device("cpu"), "scalar") == "its self-check gave wrong results (int4)"
     monkeypatch.setattr(ops, "awq_linear", lambda x, packed: torch.full((5, packed.n), torch.nan))
     assert self_check.failure(torch.device("cpu"), "scalar").endswith("(int4, weight-only)")
@@ -180,6 +184,28 @@ def test_the_self_check_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ops, "svdq_linear", fails)
     said = self_check.failure(torch.device("cpu"), "scalar")
     assert said == "its self-check could not run (a CUDA kernel could not run: no kernel image is available)"
+
+
+@pytest.mark.parametrize("part", ["gelu", "added"])
+def test_the_self_check_sees_what_follows_a_product(part: str, monkeypatch: pytest.MonkeyPatch):
+    right = ops.svdq_linear
+    if part == "gelu":
+        monkeypatch.setattr(ops, "svdq_linear", lambda x, packed, mode, gelu=False: right(x, packed, mode))
+    else:
+        monkeypatch.setattr(ops, "add_linear_", lambda x, *_: x.mul_(1.1))
+    assert self_check.failure(torch.device("cpu"), "scalar") == "its self-check gave wrong results (int8, int4, uint4)"
+
+
+def test_the_self_check_is_of_kernels_not_of_the_moment(monkeypatch: pytest.MonkeyPatch):
+    with torch.device("meta"):
+        assert self_check.failure(torch.device("cpu"), "scalar") == ""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ops, "add_linear_", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        self_check.failure(torch.device("cpu"), "scalar")
 
 
 def test_importing_touches_no_gpu_and_warns_of_nothing():

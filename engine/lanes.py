@@ -7,12 +7,13 @@ more than the device gains. Bits do not depend on it.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Lane"]
+__all__ = ["Lane", "join_all"]
 
 
 class Lane:
@@ -30,6 +31,7 @@ class Lane:
     def __enter__(self) -> None:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            _open_lanes().add(self)
             self._within = torch.cuda.stream(self._stream)
             self._within.__enter__()
 
@@ -41,7 +43,23 @@ class Lane:
     def join(self) -> None:
         """Let what follows wait for what was done in the lane."""
         if self._stream is not None:
+            _open_lanes().discard(self)
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+def join_all() -> None:
+    """Join what an exception left open: a recording cannot end before."""
+    for lane in [*_open_lanes()]:
+        lane.join()
+
+
+_here = threading.local()  # of this thread: `lanes`, those that were entered and not joined
+
+
+def _open_lanes() -> set[Lane]:
+    if not hasattr(_here, "lanes"):
+        _here.lanes = set()
+    return _here.lanes
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
