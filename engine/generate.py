@@ -44,7 +44,7 @@ class Engine:
         self.spec = spec
         self.precision = precision
         self.activation = activation
-        self.attention, self.wide_weights = "auto", False
+        self.wide_weights = False
         self.backend = backend
         self.device = device
         self.pipe = pipe
@@ -113,7 +113,7 @@ class Engine:
         engine = cls(spec, precision, kind, backend, where, pipe)
         if room is not None:
             room.seat(pipe)
-        engine.attention, engine.wide_weights = attention, wide_weights
+        engine.wide_weights = wide_weights
         return engine
 
     @torch.inference_mode()

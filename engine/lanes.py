@@ -20,7 +20,7 @@ class Lane:
     """What is done `with` it goes beside what follows, until `join`.
 
     Memory is the allocator's of two streams, which reuse what is freed at once, each on its own. So keep what both use
-    (a local name does) until the join, and let nothing that is made in the lane be the last thing to free another's.
+    (a local name does) until the join.
     """
 
     def __init__(self, like: Tensor) -> None:

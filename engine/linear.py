@@ -20,7 +20,7 @@ ACTIVATIONS: tuple[Activation, ...] = ("w4a4", "w4a8")
 
 
 def resolve_activation(activation: str, device: torch.device) -> Activation:
-    """Turn "auto" into the fastest the device has: 8-bit activations, but 4-bit ones where sm120a was asked for.
+    """Turn "auto" into 8-bit activations, which every device has kernels for, or 4-bit ones where sm120a was asked for.
 
     Raises ArgumentError for an unknown name.
     """

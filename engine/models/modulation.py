@@ -28,19 +28,23 @@ def modulations(block: nn.Module, temb: Tensor, norms_of: Norms) -> list[Tensor]
 
     `norms_of` names the norms of a block that will ask for them in a plain step: of any of the model's.
     """
-    norms = norms_of(block)
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return [norm.linear(norm.silu(temb)) for norm in norms]
-    # The first block never takes what is there: temb may be a buffer that is filled anew for each step.
-    if blocks := step_blocks(block):
-        _steps[temb] = _Step(temb, [norm for other in blocks if not hooked(other) for norm in norms_of(other)])
-    step = _steps.get(temb)
-    if step is None or step.version != _version(temb):
+    norms, plain = norms_of(block), not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    step = _step_of(block, temb, norms_of) if plain else None
+    if step is None:
         return [norm.linear(norm.silu(temb)) for norm in norms]
     found = [step.take(norm, temb) for norm in norms]
     if not step.parts:
         del _steps[temb]
     return found
+
+
+def _step_of(block: nn.Module, temb: Tensor, norms_of: Norms) -> _Step | None:
+    """What is known of an embedding as it is now, begun anew by the first block of a plain step."""
+    # It never takes what is there: temb may be a buffer that is filled anew for each step.
+    if blocks := step_blocks(block):
+        _steps[temb] = _Step(temb, [norm for other in blocks if not hooked(other) for norm in norms_of(other)])
+    step: _Step | None = _steps.get(temb)
+    return step if step is not None and step.version == _version(temb) else None
 
 
 class _Step:

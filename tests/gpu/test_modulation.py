@@ -7,8 +7,7 @@ import torch
 
 from engine import ops
 from engine.graphs import record
-from engine.ops import backends
-from tests.gpu.test_sm80 import awq_on_device
+from tests.gpu.test_sm80 import awq_on_device, pytestmark
 from tests.models.test_modulation import (
     LAYERS,
     check_weights_that_come,
@@ -21,13 +20,7 @@ from tests.models.test_modulation import (
 )
 from tests.ops.cases import DTYPES, Case, random_awq, tokens
 
-RUNS = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not RUNS, reason="needs a device of compute capability 8.0 or more"),
-    pytest.mark.skipif(backends.cuda_kernels() is None, reason="the CUDA module was not built (no nvcc)"),
-]
-__all__ = ["groups"]  # a fixture
+__all__ = ["groups", "pytestmark"]  # a fixture, and the marks of this module too
 
 
 def packed(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> ops.PackedAwq:

@@ -114,11 +114,22 @@ def allowed_error(act: reference.QuantizedAct, weight: ops.CanonicalLinear, y: T
     return y.abs() * EPSILON[dtype] + sums * 2.0**-20 + rounded + torch.finfo(dtype).smallest_normal
 
 
-def check_a_bad_token(packed: ops.PackedLinear, x: Tensor, bad: float) -> None:
+def check_a_bad_token(packed: ops.PackedLinear, x: Tensor, bad: float, mode: str = "int8") -> None:
     """A NaN or an infinity in token 7 of x (M, K) spoils row 7 of the result and no other."""
-    clean = ops.svdq_linear(x, packed, "int8")
+    clean = ops.svdq_linear(x, packed, mode)
     x[7, 5] = bad
-    y = ops.svdq_linear(x, packed, "int8")
+    y = ops.svdq_linear(x, packed, mode)
     assert not y[7].isfinite().any()
     assert torch.equal(y[:7], clean[:7])
     assert torch.equal(y[8:], clean[8:])
+
+
+def check_nvfp4_comes_back(linear: ops.CanonicalLinear, backend: str) -> None:
+    """`backend` packs these NVFP4 weights itself, and every tensor of them unpacks as it was."""
+    packed = ops.pack(linear, backend)
+    assert (packed.backend, packed.kind) == (backend, "nvfp4")
+    back = ops.unpack(packed)
+    for name, value in vars(linear).items():
+        other = getattr(back, name)
+        assert (value is None) == (other is None), name
+        assert value is None or torch.equal(value.contiguous().view(torch.uint8), other.view(torch.uint8)), name

@@ -14,7 +14,7 @@ from engine import ops
 from engine.linear import SVDQuantLinear, resolve_activation
 from engine.ops import backends, mma64, reference
 from engine.ops.canonical import E2M1
-from tests.ops.cases import Case, random_linear, tokens
+from tests.ops.cases import Case, check_nvfp4_comes_back, random_linear, tokens
 from tests.ops.test_wgmma64 import random_nvfp4
 
 VALUES = torch.tensor(E2M1, dtype=torch.float64)
@@ -27,13 +27,7 @@ TILE, STAGES, SCALE_STEPS = 128, 4, 4  # of linear.cu: tokens and outputs of a b
 @pytest.mark.parametrize(("n", "k", "rank"), [(24, 128, 16), (70, 192, 0), (1, 64, 48), (128, 320, 32)])
 def test_packs_and_comes_back(n: int, k: int, rank: int, factors: bool):
     linear = random_nvfp4(n, k, rank, factors)
-    packed = ops.pack(linear, "sm120a")
-    assert (packed.backend, packed.kind) == ("sm120a", "nvfp4")
-    back = ops.unpack(packed)
-    for name, value in vars(linear).items():
-        other = getattr(back, name)
-        assert (value is None) == (other is None), name
-        assert value is None or torch.equal(value.contiguous().view(torch.uint8), other.view(torch.uint8)), name
+    check_nvfp4_comes_back(linear, "sm120a")
 
 
 def test_other_weights_take_amperes_kernels():

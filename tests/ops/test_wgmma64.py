@@ -10,7 +10,7 @@ from engine import ops
 from engine.errors import ArgumentError
 from engine.linear import SVDQuantLinear
 from engine.ops import wgmma64
-from tests.ops.cases import CASES, Case, random_linear
+from tests.ops.cases import CASES, Case, check_nvfp4_comes_back, random_linear
 
 
 def without_minus_eight(linear: ops.CanonicalLinear) -> ops.CanonicalLinear:
@@ -107,13 +107,7 @@ def test_a_group_of_nvfp4_is_a_chunk_of_the_widening():
 @pytest.mark.parametrize(("n", "k"), [(24, 128), (70, 192), (128, 64)])
 def test_nvfp4_packs_and_comes_back(n: int, k: int, factors: bool):
     linear = random_nvfp4(n, k, factors=factors)
-    packed = ops.pack(linear, "sm90a")
-    assert (packed.backend, packed.kind) == ("sm90a", "nvfp4")
-    back = ops.unpack(packed)
-    for name, value in vars(linear).items():
-        other = getattr(back, name)
-        assert (value is None) == (other is None), name
-        assert value is None or torch.equal(value.contiguous().view(torch.uint8), other.view(torch.uint8)), name
+    check_nvfp4_comes_back(linear, "sm90a")
 
 
 def test_what_has_no_form_goes_to_the_reference():
